@@ -1,0 +1,12 @@
+// All kernels for one instruction set. CMake compiles this file once for each, with its flags and its name as
+// SKINK_ISA.
+#include "skink/kernels/attention/cpu.h"
+#include "skink/kernels/rms_norm/cpu.h"
+#include "skink/kernels/rotary/cpu.h"
+
+namespace skink::SKINK_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {rms_norm, rotary, attention, attention_scratch};
+
+}  // namespace skink::SKINK_ISA
