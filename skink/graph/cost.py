@@ -1,0 +1,93 @@
+"""What a program costs: parameters, bytes, and multiply-accumulates per generated token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from skink.graph.program import Program
+from skink.graph.propagate import ShapeContext, shape_context
+from skink.kernels import find_op
+
+aten = torch.ops.aten
+
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default)
+
+
+@dataclass(frozen=True)
+class ProgramCost:
+    """Size and work of a program.
+
+    Args:
+        parameters: trained weights, tied ones once.
+        linear_parameters: those read by linear layers, without the embedding that a head may be tied to.
+        bytes: of the trained weights.
+        macs_per_token: multiply-accumulates of products and attention to generate one token.
+        context: how many tokens of context that token attends to.
+    """
+
+    parameters: int
+    linear_parameters: int
+    bytes: int
+    macs_per_token: int
+    context: int
+
+
+def program_cost(program: Program, *, context: int = 512) -> ProgramCost:
+    """The cost of a program; works on meta weights too."""
+    shapes = shape_context(program)
+    trained = [(name, tensor) for name, tensor in program.weights() if name not in program.buffers]
+    linear = {
+        node.args[1].target
+        for node in program.graph.nodes
+        if node.target is aten.linear.default and node.args[1].op == "get_attr"
+    }
+    embedded = {
+        node.args[0].target
+        for node in program.graph.nodes
+        if node.target is aten.embedding.default and node.args[0].op == "get_attr"
+    }
+    return ProgramCost(
+        parameters=sum(tensor.numel() for _, tensor in trained),
+        linear_parameters=sum(tensor.numel() for name, tensor in trained if name in linear - embedded),
+        bytes=sum(tensor.numel() * tensor.element_size() for _, tensor in trained),
+        macs_per_token=sum(_macs(node, shapes, context) for node in program.graph.nodes),
+        context=context,
+    )
+
+
+def _macs(node: fx.Node, shapes: ShapeContext, context: int) -> int:
+    if node.target is aten.linear.default:
+        return _elements(node, shapes) * _sizes(node.args[0], shapes)[-1]
+    if node.target in _PRODUCTS:
+        left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
+        return _elements(node, shapes) * _sizes(left, shapes)[-1]
+    op = find_op(node.target)
+    if op is None or op.state is None:
+        return 0
+    # One token's query against `context` keys, or as many as a window holds.
+    arguments = op.bind(node.args, node.kwargs)
+    query, value = _sizes(arguments["query"], shapes), _sizes(arguments["value"], shapes)
+    keys = min(context, arguments["window"]) if arguments["window"] else context
+    return query[1] * keys * (query[3] + value[3])
+
+
+def _elements(node: fx.Node, shapes: ShapeContext) -> int:
+    total = 1
+    for size in _sizes(node, shapes):
+        total *= size
+    return total
+
+
+def _sizes(node: Any, shapes: ShapeContext) -> list[int]:
+    """The shape of a node's value for one sequence and one new token."""
+    sizes = []
+    for size in node.meta["val"].shape:
+        if isinstance(size, torch.SymInt):
+            one: dict[sympy.Basic, int] = {symbol: 1 for symbol in shapes.names}
+            sizes.append(int(size.node.expr.subs(one)))
+        else:
+            sizes.append(int(size))
+    return sizes

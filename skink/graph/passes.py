@@ -1,0 +1,197 @@
+"""What a pass is: a frozen dataclass whose fields are its options."""
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, fx
+
+from skink.errors import OptionError, suggest
+from skink.graph.pattern import NoMatch
+from skink.graph.program import Program, Stage
+from skink.graph.rewriter import Rewriter
+
+
+class Progress(Protocol):
+    """Where a pass says how far it has come."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` units of work are done."""
+
+
+# Words that YAML does not read as text.
+_YAML_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "y", "n"})
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pipeline gives its passes.
+
+    Args:
+        calibration: token windows int64[N, T], or None where the user gave none.
+        seed: for anything random.
+        progress: to be called now and then by passes that take long.
+    """
+
+    calibration: Tensor | None = None
+    seed: int = 0
+    progress: Progress = _silent
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a pass did, or refused to do, to one weight: a row of the report.
+
+    Errors are relative: predicted_error of the layer's output on calibration data, weight_error of the weight
+    (Frobenius), baseline_error of the output with the simplest method at the same rank.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    decision: str
+    parameters_before: int
+    parameters_after: int
+    rank: int | None = None
+    predicted_error: float | None = None
+    weight_error: float | None = None
+    baseline_error: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: how many edits, which matches it refused and why, and what it did to each weight."""
+
+    edits: int
+    refused: tuple[NoMatch, ...] = ()
+    layers: tuple[LayerRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A change to a model. Subclass as a frozen dataclass; fields are options, with defaults.
+
+    Class attributes:
+        name: kebab-case, unique.
+        summary: one line for `skink passes`.
+        requires: the least stage that it takes.
+        yields: the stage that it leaves; None leaves the stage as it was.
+        exactness: `exact` passes change numbers by rounding only, and are held to that.
+        needs_calibration: whether it cannot run without calibration text.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    requires: ClassVar[Stage] = Stage.CANONICAL
+    yields: ClassVar[Stage | None] = None
+    exactness: ClassVar[Literal["exact", "approximate"]] = "exact"
+
+    def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
+        """Edit `program` through `rewriter`."""
+        raise NotImplementedError
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether these options cannot run without calibration text."""
+        return False
+
+    def options(self) -> dict[str, Any]:
+        """All options by name."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+
+    def describe(self) -> str:
+        """The one-line form with every option that is set, defaults too: `low-rank{keep=0.8,method=whitened}`."""
+        options = [f"{key}={_option_text(value)}" for key, value in self.options().items() if value not in ((), None)]
+        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+    def __str__(self) -> str:
+        """The one-line form, with the options that differ from their defaults: `low-rank{keep=0.8}`."""
+        changed = [
+            f"{entry.name}={_option_text(getattr(self, entry.name))}"
+            for entry in dataclasses.fields(self)
+            if getattr(self, entry.name) != entry.default
+        ]
+        return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """A pass from options as they stand in a recipe, with their types checked.
+
+        Raises:
+            OptionError: OPTION-001 unknown, -003 wrong type; a pass itself raises -002 for ranges.
+        """
+        hints = typing.get_type_hints(cls)
+        valid = [entry.name for entry in dataclasses.fields(cls)]
+        checked: dict[str, Any] = {}
+        for key, value in options.items():
+            if key not in valid:
+                raise OptionError("OPTION-001", f"{cls.name} has no option {key!r}.", fix=suggest(str(key), valid))
+            checked[key] = _checked(f"{cls.name}.{key}", value, hints[key])
+        return cls(**checked)
+
+
+def _option_text(value: Any) -> str:
+    """The text that `skink.passes.recipe` reads back as `value`."""
+    if isinstance(value, tuple):
+        return "[" + ",".join(_option_text(entry) for entry in value) + "]"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # Text that could be read as something else, or that has marks of the one-line form in it, goes in quotes.
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w./*-]*", value):
+        return json.dumps(value)
+    if isinstance(value, str) and value.lower() in _YAML_WORDS:
+        return json.dumps(value)
+    return str(value)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the option's type, or OPTION-003."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _checked(name, value, next(argument for argument in arguments if argument is not type(None)))
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise OptionError(
+            "OPTION-003",
+            f"{name}={value!r} is none of its choices.",
+            fix=suggest(str(value), [str(a) for a in arguments]),
+        )
+    if origin is tuple:
+        entries = value if isinstance(value, list | tuple) else [value]
+        return tuple(_checked(name, entry, arguments[0]) for entry in entries)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)  # 1e-6, which YAML takes for text
+    if isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
+        return value
+    raise OptionError(
+        "OPTION-003",
+        f"{name}={value!r} is a {type(value).__name__}, not a {hint.__name__}.",
+        fix=f"give a {hint.__name__}.",
+    )
+
+
+def linear_weight(program: Program, node: fx.Node) -> str | None:
+    """The name of the weight of a linear layer, where `node` is one whose weight is stored (not computed)."""
+    if node.target is not torch.ops.aten.linear.default:
+        return None
+    weight = node.args[1]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None

@@ -1,0 +1,172 @@
+"""State derivation: from the full-sequence graph to the step graph, with explicit state.
+
+Each op that mixes tokens declares what it must remember (its `StateSpec`). The step graph takes the new tokens only,
+puts what it remembers before them, and hands back what to remember next:
+
+    past.{i}.key ──┐
+                   cat ──> attention(query, ·, ·, mask) ──> ...
+    key ───────────┘  └──> present.{i}.key   (all of it: append; the last `limit` tokens: ring)
+
+Law: full sequence = any chunking = step by step. With an empty past the step graph is the full graph.
+"""
+
+import torch
+from torch import fx
+
+from skink.errors import StateError
+from skink.graph.pattern import through_casts
+from skink.graph.program import Input, Program, Stage, StateInput
+from skink.graph.propagate import dim_text, propagate, shape_context
+from skink.graph.rewriter import Rewriter, describe
+from skink.kernels import OpDef, StateTensor, find_op
+
+aten = torch.ops.aten
+_COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_END = torch.iinfo(torch.int64).max
+
+# The input that says which tokens are padding; in the step graph it covers the past too.
+PADDING_INPUT = "attention_mask"
+
+
+def derive_step(program: Program) -> Program:
+    """The step graph of a canonical or rewritten program, at stage `stepped`; the program itself is left alone.
+
+    Inputs are the same, for the new tokens, except that `attention_mask` covers past and new tokens: [B, M]. State
+    inputs follow, `past_key_values.{layer}.{name}`, of any length from zero; outputs are the results, then
+    `present....`.
+
+    Raises:
+        StateError: STATE-001 where the padding mask is used by anything but an op that declares state, where such an
+            op cannot be stepped, or where positions are counted in the graph.
+    """
+    stepped = program.clone()
+    propagate(stepped)
+    rewriter = Rewriter(stepped, "derive-step")
+    owners = [
+        (node, op) for node in stepped.graph.nodes if (op := find_op(node.target)) is not None and op.state is not None
+    ]
+    _check_mask_users(stepped, {node for node, _ in owners})
+    _check_positions(stepped)
+    names = shape_context(stepped)
+    last_input = stepped.graph.find_nodes(op="placeholder")[-1]
+    states: list[StateInput] = []
+    presents: list[fx.Node] = []
+    for layer, (node, op) in enumerate(owners):
+        arguments = op.bind(node.args, node.kwargs)
+        reason = op.state.refuses(arguments)  # type: ignore[union-attr]
+        if reason is not None:
+            raise StateError(
+                "STATE-001",
+                f"{op.name} {reason}, and cannot be stepped.",
+                where=describe(node),
+                fix="generate with causal models only.",
+            )
+        for tensor in op.state.tensors(arguments):  # type: ignore[union-attr]
+            current = arguments[tensor.argument]
+            axis = op.state.axis  # type: ignore[union-attr]
+            dims: list[int | str] = [
+                int(text) if (text := dim_text(names, size)).isdigit() else text for size in current.meta["val"].shape
+            ]
+            dims[axis] = "P" if tensor.growth == "append" else f"P{tensor.limit}"
+            state = StateInput(
+                f"past_key_values.{layer}.{tensor.name}", layer, tuple(dims), tensor.growth, axis, tensor.limit
+            )
+            states.append(state)
+            past, present, joined = _join(rewriter, node, current, state, tensor, last_input)
+            last_input = past
+            presents.append(present)
+            _set_argument(node, op, tensor.argument, joined)
+            rewriter.record(node, rule=f"state-{tensor.growth}", detail=state.name)
+    output = stepped.graph.output_node()
+    output.args = ((*output.args[0], *presents),)  # type: ignore[misc]
+    stepped.inputs = tuple(
+        Input(entry.name, entry.dtype, (entry.dims[0], "M")) if entry.name == PADDING_INPUT else entry
+        for entry in stepped.inputs
+    )
+    stepped.state = tuple(states)
+    stepped.stage = Stage.STEPPED
+    rewriter.finish()
+    propagate(stepped)
+    return stepped
+
+
+def _join(
+    rewriter: Rewriter,
+    node: fx.Node,
+    current: fx.Node,
+    state: StateInput,
+    tensor: StateTensor,
+    last_input: fx.Node,
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """(past, present, past and current joined) for one tensor of state."""
+    graph = rewriter.program.graph
+    with graph.inserting_after(last_input):
+        past = graph.placeholder(state.name.replace(".", "_"))
+    past.meta["val"] = current.meta["val"]
+    with rewriter.before(node):
+        joined = rewriter.call(aten.cat.default, [past, current], state.axis)
+        if tensor.growth == "append":
+            return past, joined, joined
+        # A ring of none (a window of one) keeps nothing; `-0` would mean everything.
+        start, end = (-tensor.limit, _END) if tensor.limit else (0, 0)
+        return past, rewriter.call(aten.slice.Tensor, joined, state.axis, start, end), joined
+
+
+def _set_argument(node: fx.Node, op: OpDef, name: str, value: fx.Node) -> None:
+    names = [argument.name for argument in op.overload._schema.arguments]
+    if names.index(name) < len(node.args):
+        node.update_arg(names.index(name), value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def _check_mask_users(program: Program, owners: set[fx.Node]) -> None:
+    """Only ops that declare state may read the padding mask: only they know which part of it is theirs."""
+    mask = next((node for node in program.graph.find_nodes(op="placeholder") if node.target == PADDING_INPUT), None)
+    if mask is None:
+        return
+    pending = list(mask.users)
+    while pending:
+        user = pending.pop()
+        if user in owners:
+            continue
+        if through_casts(user) is mask:
+            pending.extend(user.users)
+            continue
+        raise StateError(
+            "STATE-001",
+            f"{PADDING_INPUT} is read by {user.target}, which cannot be stepped: it sees the mask of new tokens only.",
+            where=describe(user),
+            why="Only attention reads padding in a graph that can be stepped.",
+            fix="give positions by position_ids instead of computing them from the mask.",
+        )
+
+
+def _check_positions(program: Program) -> None:
+    """Positions counted from the number of tokens would begin anew at every step."""
+    for node in program.graph.nodes:
+        if node.target in _COUNTS and isinstance(node.meta["val"].shape[0], torch.SymInt):
+            raise StateError(
+                "STATE-001",
+                "positions are counted from the number of tokens, and a step sees the new tokens only.",
+                where=describe(node),
+                fix="take positions as an input, position_ids.",
+            )
+
+
+def without_padding(program: Program) -> Program:
+    """The program for inputs without padding: no op reads the padding mask, which stays an input."""
+    clone = program.clone()
+    mask = next((node for node in clone.graph.find_nodes(op="placeholder") if node.target == PADDING_INPUT), None)
+    if mask is None:
+        return clone
+    for node in list(clone.graph.nodes):
+        op = find_op(node.target)
+        if op is None or op.state is None:
+            continue
+        for argument in list(node.all_input_nodes):
+            if through_casts(argument) is mask:
+                node.replace_input_with(argument, None)
+    clone.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    clone.graph_module.recompile()
+    return clone
