@@ -1,0 +1,236 @@
+"""The report as data: what was compressed, how, and what came of it. This is the content of `report.json`.
+
+All records are immutable and refuse unknown fields. Times are in seconds, sizes in bytes, losses in nats per token.
+A number that was not measured is None; one that overflowed is infinite and is written as the string "Infinity".
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SCHEMA_VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+Setting = str | int | float | bool | None
+# A number stripped of the settings it was measured under says nothing: so settings are never empty.
+Settings = Annotated[Mapping[str, Setting], Field(min_length=1)]
+
+
+class Record(BaseModel):
+    """The common behaviour of every part of a report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Source(Record):
+    """The model that was compressed: its hub id or folder name, and the `model_type` of its configuration."""
+
+    name: str
+    model_type: str
+
+
+class Recipe(Record):
+    """The resolved recipe, in the one-line form and as the YAML text of `recipe.yaml`."""
+
+    line: str
+    yaml: str
+
+
+class Calibration(Record):
+    """The data that calibrated the passes: `windows` windows of `window_length` tokens, drawn with `seed`."""
+
+    source: str
+    sha256: str
+    windows: Count
+    window_length: Count
+    seed: int
+
+
+class Perplexity(Record):
+    """Perplexity on held-out text. `nats` is the mean loss per token, whose exponential `value` is."""
+
+    value: float
+    nats: float
+    settings: Settings
+
+
+class Rate(Record):
+    """Tokens per second over the repeats of one measurement: median, slowest and fastest."""
+
+    median: Annotated[float, Field(ge=0)]
+    min: Annotated[float, Field(ge=0)]
+    max: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.median <= self.max:
+            raise ValueError(f"min {self.min} <= median {self.median} <= max {self.max} does not hold")
+        return self
+
+
+class Speed(Record):
+    """Measured speed. `first_token_ms` is the median time to the first token, in milliseconds.
+
+    The ratios are to the first form of the report, more than 1 where the number is larger than that form's. Give them
+    where the measurement pairs its repeats; where they are None, the report divides the medians, provided that both
+    forms were measured with equal settings.
+    """
+
+    prefill: Rate
+    decode: Rate
+    first_token_ms: Annotated[float, Field(ge=0)]
+    settings: Settings
+    prefill_ratio: float | None = None
+    decode_ratio: float | None = None
+    first_token_ratio: float | None = None
+
+
+class Form(Record):
+    """One model of the comparison; the first of a report is what the others are compared with.
+
+    Args:
+        name: as the reader sees it, for example "source (transformers)" or "skink, compressed".
+        parameters: number of distinct parameters, tied ones counted once.
+        linear_parameters: those of them that stand in linear layers.
+        bytes: size of the weights as stored.
+        macs_per_token: multiply-accumulates of the linear layers and of attention for one token at `context`.
+        context: number of tokens attended to in `macs_per_token`.
+    """
+
+    name: str
+    parameters: Count
+    linear_parameters: Count
+    bytes: Count
+    macs_per_token: Count
+    context: Count
+    perplexity: Perplexity | None = None
+    speed: Speed | None = None
+
+
+class Rejection(Record):
+    """A place that a pass left alone, and why."""
+
+    where: str
+    reason: str
+
+
+class PassRecord(Record):
+    """One pass of the recipe as it ran.
+
+    Args:
+        name, options: the pass, and the text between the braces of its one-line form ("" where all are defaults).
+        seconds: wall time, verification included.
+        edits: rewrites made.
+        error: relative L2 error of the logits against the captured model after this pass.
+        kl: mean KL divergence of the captured model's next-token distribution from this one's, nats per token.
+        verified: 0 not at all, 1 structure, 2 numbers too.
+        skipped: places that matched in part and were left alone; `rejections` names them, perhaps not all.
+    """
+
+    name: str
+    options: str
+    seconds: Annotated[float, Field(ge=0)]
+    edits: Count
+    error: float | None = None
+    kl: float | None = None
+    verified: Annotated[int, Field(ge=0, le=2)] = 0
+    skipped: Count = 0
+    rejections: list[Rejection] = Field(default_factory=list)
+
+
+class LayerRecord(Record):
+    """What became of one layer.
+
+    Args:
+        name: qualified name in the source model.
+        kind: "linear".
+        shape: [out, in].
+        decision: whether it was factored.
+        rank: the rank kept; None for a layer kept dense.
+        parameters_before, parameters_after: of this layer, bias included.
+        predicted_error: relative output error, predicted from the energy that was discarded.
+        weight_error: relative Frobenius error of the weight.
+        baseline_error: relative output error of plain SVD at the same rank.
+        reason: why it was kept dense, or "".
+    """
+
+    name: str
+    kind: str = "linear"
+    shape: tuple[int, int]
+    decision: Literal["factored", "kept dense"]
+    rank: Count | None = None
+    parameters_before: Count
+    parameters_after: Count
+    predicted_error: float | None = None
+    weight_error: float | None = None
+    baseline_error: float | None = None
+    reason: str = ""
+
+
+class Comparison(Record):
+    """One method beside others at an equal share of parameters kept: a row of "by how much".
+
+    Args:
+        name: for example "plain SVD".
+        keep: share of the linear layers' parameters kept, in [0, 1].
+        perplexity: on the held-out text that `settings` names.
+        ratio_to_dense: that perplexity over the uncompressed model's.
+    """
+
+    name: str
+    keep: Annotated[float, Field(ge=0, le=1)]
+    perplexity: float
+    ratio_to_dense: float
+    settings: Settings
+
+
+class Report(Record):
+    """All that `skink compress` says about one result.
+
+    Args:
+        created: ISO 8601 time.
+        dtype: of the weights as stored.
+        machine: cpu, cores, threads, memory, os, device and the like, as text.
+        versions: of python, torch, transformers and the like.
+        seed: of everything random in the run.
+        forms: the models compared, the first one being the reference.
+        notes: sentences that the reader must not miss.
+    """
+
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    skink_version: str
+    created: str
+    source: Source
+    title: str
+    recipe: Recipe
+    calibration: Calibration | None = None
+    dtype: str
+    machine: Mapping[str, str] = Field(default_factory=dict)
+    versions: Mapping[str, str] = Field(default_factory=dict)
+    seed: int
+    forms: list[Form] = Field(default_factory=list)
+    passes: list[PassRecord] = Field(default_factory=list)
+    layers: list[LayerRecord] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+    @field_validator("created")
+    @classmethod
+    def _is_a_time(cls, created: str) -> str:
+        datetime.fromisoformat(created)
+        return created
+
+    def to_json(self) -> str:
+        """The text of `report.json`: the same report gives the same text."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The report that `to_json` wrote.
+
+        Raises:
+            pydantic.ValidationError: text that is not JSON, or not a report of this schema.
+        """
+        return cls.model_validate_json(text)

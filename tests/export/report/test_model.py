@@ -1,0 +1,70 @@
+import json
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from skink.export.report import Comparison, Perplexity, Rate, Report
+
+
+def test_json_round_trip_keeps_everything_and_is_deterministic(report):
+    text = report.to_json()
+    again = Report.from_json(text)
+    assert again == report
+    assert again.to_json() == text
+
+
+def test_json_has_the_schema_version_and_plain_names(report):
+    data = json.loads(report.to_json())
+    assert data["schema_version"] == 1
+    assert data["forms"][2]["speed"]["decode"]["median"] == 287.1
+    assert data["layers"][0]["shape"] == [256, 256]
+
+
+def test_setting_types_survive_the_round_trip():
+    settings = {"text": "a", "windows": 3, "share": 0.5, "whole": 2.0, "paired": True, "limit": None}
+    again = Perplexity.model_validate_json(Perplexity(value=2.0, nats=0.7, settings=settings).model_dump_json())
+    assert {key: type(value) for key, value in again.settings.items()} == {k: type(v) for k, v in settings.items()}
+    assert again.settings == settings
+
+
+def test_an_infinite_perplexity_survives_the_round_trip():
+    row = Comparison(name="plain SVD", keep=0.2, perplexity=math.inf, ratio_to_dense=math.inf, settings={"windows": 1})
+    assert json.loads(row.model_dump_json())["perplexity"] == "Infinity"
+    assert Comparison.model_validate_json(row.model_dump_json()) == row
+
+
+@pytest.mark.parametrize("path", [[], ["forms", 0], ["forms", 0, "speed", "prefill"], ["passes", 1, "rejections", 0]])
+def test_unknown_fields_are_refused_at_every_depth(report, path):
+    data = json.loads(report.to_json())
+    inner = data
+    for key in path:
+        inner = inner[key]
+    inner["surprise"] = 1
+    with pytest.raises(ValidationError, match="surprise"):
+        Report.from_json(json.dumps(data))
+
+
+def test_records_are_frozen(report):
+    with pytest.raises(ValidationError, match="frozen"):
+        report.title = "other"
+
+
+def test_a_newer_schema_is_refused(report):
+    with pytest.raises(ValidationError, match="schema_version"):
+        Report.from_json(report.to_json().replace('"schema_version": 1', '"schema_version": 2'))
+
+
+def test_numbers_without_their_settings_are_refused():
+    with pytest.raises(ValidationError, match="settings"):
+        Perplexity(value=2.0, nats=0.7, settings={})
+
+
+def test_a_rate_is_ordered():
+    with pytest.raises(ValidationError, match=r"min 3\.0 <= median 2\.0"):
+        Rate(median=2.0, min=3.0, max=4.0)
+
+
+def test_created_is_a_time(report):
+    with pytest.raises(ValidationError, match="created"):
+        Report.from_json(report.to_json().replace(report.created, "yesterday"))
