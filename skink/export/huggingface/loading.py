@@ -1,0 +1,180 @@
+"""Loading of checkpoints: Skink folders, and any Hugging Face decoder to start from."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.hub import cached_file
+
+from skink.errors import ModelError, OptionError, suggest
+from skink.export.huggingface.checkpoint import (
+    GRAPH_FILE,
+    check_weights,
+    explain_load,
+    read_config,
+    refuse_partial_load,
+)
+from skink.export.huggingface.config import SkinkConfig
+from skink.export.huggingface.modeling import SkinkForCausalLM
+from skink.export.huggingface.registration import register
+
+# The model that ships with Skink.
+STDLIB_LLAMA = "stdlib-llama"
+_ASSETS = Path(__file__).parents[2] / "assets"
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+) -> SkinkForCausalLM:
+    """A model from a folder that Skink wrote (or from such a repository on the hub).
+
+    Args:
+        path: the folder.
+        device: where to put it; the CPU by default.
+        dtype: `auto` is what is stored, but float32 on a CPU, where half precision is slow.
+
+    Raises:
+        ModelError: MODEL-001 no Skink folder, -002 damaged weights, -003 no safetensors.
+        GraphError: GRAPH-001, a damaged graph.
+    """
+    target = torch.device(device or "cpu")
+    name = str(path)
+    values = _values(name)
+    if values["model_type"] != SkinkConfig.model_type:
+        raise ModelError(
+            "MODEL-001",
+            f"{name!r} is a {values['model_type']} checkpoint, not a Skink model.",
+            why=f"it has no {GRAPH_FILE}, and config.json names another model_type.",
+            fix=f"make one of it: skink compress {name} --out FOLDER.",
+        )
+    loaded: SkinkForCausalLM = SkinkForCausalLM.from_pretrained(name, dtype=_choose_dtype(dtype, values, target))
+    nn.Module.to(loaded, target)
+    return loaded
+
+
+def load_source(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A decoder to work on, in eval mode, and its tokenizer, or None where the checkpoint has none.
+
+    Args:
+        name_or_path: a hub id, a checkpoint's folder, a Skink folder, or `stdlib-llama`, the model that ships.
+        dtype: as in `load`.
+        device: as in `load`.
+
+    Raises:
+        ModelError: MODEL-001 no such checkpoint, -002 weights missing or damaged, -003 it needs pickles or code.
+    """
+    name = str(_ASSETS / STDLIB_LLAMA) if str(name_or_path) == STDLIB_LLAMA else str(name_or_path)
+    target = torch.device(device or "cpu")
+    values = _values(name)
+    if values["model_type"] == SkinkConfig.model_type:
+        model: PreTrainedModel = load(name, device=target, dtype=dtype)
+    else:
+        model = _load_huggingface(name, values, _choose_dtype(dtype, values, target))
+        nn.Module.to(model, target)
+    return model.eval(), _load_tokenizer(name)
+
+
+def _values(name: str) -> dict[str, Any]:
+    """The values of config.json, after checking a folder's weights."""
+    register()
+    folder = Path(name)
+    if folder.is_dir():
+        values = read_config(folder)
+        _refuse_code(name, values)
+        check_weights(folder)
+        return values
+    if folder.exists():
+        raise ModelError("MODEL-001", f"{name!r} is a file, not a folder.", fix="give the folder that it is in.")
+    try:
+        path = cached_file(name, "config.json")
+        values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "MODEL-001",
+            f"{name!r} is no folder here, and no model that could be had from the Hugging Face hub.",
+            why=str(error).splitlines()[0],
+            fix=f"check the path, the name and the network, or use {STDLIB_LLAMA!r}, which ships with Skink.",
+        ) from error
+    _refuse_code(name, values)
+    return dict(values)
+
+
+def _refuse_code(name: str, values: dict[str, Any]) -> None:
+    """Only models that transformers (or Skink) itself knows can be loaded without running a stranger's code."""
+    kind = values.get("model_type")
+    if kind in CONFIG_MAPPING:
+        return
+    if values.get("auto_map"):
+        raise ModelError(
+            "MODEL-003",
+            f"{name!r} needs code of its own to load, and Skink runs no remote code.",
+            why=f"transformers does not know the model type {kind!r}; config.json names code by auto_map.",
+            fix="use a model that transformers supports, or load it yourself and pass the model to skink.compress.",
+        )
+    raise ModelError(
+        "MODEL-001",
+        f"{name!r} is of the model type {kind!r}, which this transformers does not know.",
+        fix="update transformers.",
+    )
+
+
+def _load_huggingface(name: str, values: dict[str, Any], dtype: torch.dtype | str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            "MODEL-001",
+            f"{name!r} is a {values['model_type']} model, which is not a causal language model.",
+            fix="give a decoder: a model that AutoModelForCausalLM loads.",
+        )
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise explain_load(name, error) from error
+    refuse_partial_load(name, info)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "MODEL-001",
+            f"the tokenizer of {name!r} cannot be loaded.",
+            why=str(error).splitlines()[0],
+            fix="copy the tokenizer's files from the model it belongs to.",
+        ) from error
+    return tokenizer
+
+
+def _choose_dtype(dtype: str | torch.dtype, values: dict[str, Any], device: torch.device) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    if name not in _DTYPES:
+        raise OptionError("OPTION-002", f"dtype={dtype!r} is not a dtype to load in.", fix=suggest(name, _DTYPES))
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    stored = values.get("dtype") or values.get("torch_dtype")
+    return torch.float32 if device.type == "cpu" and stored in ("float16", "bfloat16") else "auto"

@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+from skink.export.huggingface import SkinkConfig
+from skink.export.huggingface.card import card_text, write_card
+
+
+def test_the_card_says_how_to_load_and_what_it_is_made_from() -> None:
+    text = card_text("small", SkinkConfig(source={"model_type": "llama", "class": "LlamaForCausalLM", "name": "a/b"}))
+    assert text.startswith("---\nlibrary_name: skink\npipeline_tag: text-generation\nbase_model: a/b\n---\n")
+    assert "import skink\n" in text
+    assert 'model = skink.load("small")\n' in text
+    assert "Made from `a/b` (LlamaForCausalLM)" in text
+
+
+@pytest.mark.parametrize("name", ["/home/somebody/llama", "./llama", "~/llama", "stdlib-llama", ""])
+def test_a_path_of_a_machine_is_no_hub_id(name: str) -> None:
+    text = card_text("small", SkinkConfig(source={"name": name}))
+    assert "base_model" not in text
+    assert "somebody" not in text
+
+
+def test_the_lines_are_python(tmp_path: Path) -> None:
+    write_card(tmp_path, SkinkConfig())
+    text = (tmp_path / "README.md").read_text()
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+    assert f"# {tmp_path.name}" in text
