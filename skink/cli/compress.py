@@ -1,0 +1,226 @@
+"""`skink compress`: the main job."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from skink.cli.arguments import WORK, AsJson, Device, Dtype, Model, Overwrite, check_place, parse_overrides
+from skink.cli.console import Session, session_of
+from skink.cli.export import refuse_existing
+from skink.errors import SkinkError
+
+if TYPE_CHECKING:
+    from skink.compression import CompressOptions
+    from skink.passes.recipe import Recipe
+
+_TEXT, _MEASURE = "Text", "What is measured"
+_SAMPLE_TOKENS = 48
+
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILES...",
+        help="Text to calibrate on: files, folders, or the word stdlib (Python source; the default for stdlib-llama).",
+        rich_help_panel=_TEXT,
+    ),
+]
+HeldOut = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--held-out",
+        metavar="FILES...",
+        help="Text to judge on. By default a tenth of the calibration text, which calibration does not see.",
+        rich_help_panel=_TEXT,
+    ),
+]
+
+
+def compress(
+    context: typer.Context,
+    model: Model,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A recipe that ships (skink passes lists them), a .yaml file, or one line as low-rank{keep=0.8}. "
+            "Empty: the model as it is, in Skink's form.",
+            metavar="R",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make.", metavar="DIR")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PASS.OPTION=VALUE...", help="Change options of the recipe: low-rank.keep=0.7."),
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write ONNX, to the folder onnx in DIR.")] = False,
+    overwrite: Overwrite = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="At the end, show how both models continue this text.", metavar="TEXT")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, model, text and folder, say what would be done, and stop.")
+    ] = False,
+    calibration: Files = None,
+    held_out: HeldOut = None,
+    calibration_windows: Annotated[
+        int, typer.Option(min=1, help="Windows of calibration text.", metavar="N", rich_help_panel=_TEXT)
+    ] = 128,
+    held_out_windows: Annotated[
+        int, typer.Option(min=1, help="Windows of held-out text.", metavar="N", rich_help_panel=_TEXT)
+    ] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.", metavar="N", rich_help_panel=_TEXT)] = 512,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate/--no-evaluate", help="Measure perplexity and speed before and after.", rich_help_panel=_MEASURE
+        ),
+    ] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.", metavar="N", rich_help_panel=_MEASURE)] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of each prompt.", metavar="N", rich_help_panel=_MEASURE)
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens generated after it.", metavar="N", rich_help_panel=_MEASURE)
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often each model is timed, in turn.", metavar="N", rich_help_panel=_MEASURE)
+    ] = 7,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of everything random.", metavar="N", rich_help_panel=WORK)] = 0,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            metavar="0|1|2",
+            min=0,
+            max=2,
+            help="Checks after each pass: 0 none, 1 structure, 2 numbers too (default, or SKINK_VERIFY).",
+            rich_help_panel=WORK,
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a smaller model: run a recipe on MODEL, measure both, and write a folder with the result and a report."""
+    session = session_of(context)
+    from skink.passes.recipe import load_recipe
+
+    # A recipe with a mistake is refused before transformers is imported.
+    loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    refuse_existing(out, overwrite)
+    check_place(dtype, device)
+    from skink.cli.quiet import quiet_transformers
+
+    with quiet_transformers():
+        from skink.compression import CompressOptions, SpeedOptions, TextOptions
+
+        options = CompressOptions(
+            calibration=calibration or None,
+            held_out=held_out or None,
+            texts=TextOptions(calibration_windows, held_out_windows, length),
+            speed=SpeedOptions(batch=batch, prompt=prompt_tokens, new_tokens=new_tokens, rounds=rounds),
+            evaluate=evaluate,
+            onnx=onnx,
+            overwrite=overwrite,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            verify=verify,
+        )
+        if dry_run:
+            from skink.cli.plan import plan
+
+            plan(session, model, loaded, out, options)
+        else:
+            _compress(session, model, loaded, out, options, prompt)
+
+
+def _compress(
+    session: Session, name: str, recipe: "Recipe", out: Path, options: "CompressOptions", prompt: str | None
+) -> None:
+    from skink.cli.progress import PhaseProgress
+    from skink.compression import compress_to_folder
+
+    with PhaseProgress(session) as progress:
+        report = compress_to_folder(name, recipe, out, options, progress=progress)
+        samples: dict[str, str] = {}
+        if prompt is not None:
+            progress("sample", 0, 1)
+            try:
+                samples = _samples({name: name, str(out): str(out)}, prompt, options)
+            except SkinkError as error:
+                # The folder is whole all the same.
+                session.note(f"no sample: {error}")
+            progress("sample", 1, 1)
+    files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+    if session.as_json:
+        content: dict[str, Any] = {"out": str(out), "files": files, "report": json.loads(report.to_json())}
+        if prompt is not None:
+            content["samples"] = {"prompt": prompt, "continuations": samples}
+        session.emit(content)
+        return
+    from skink.export.report import render
+
+    session.show("", render(report), "")
+    _show_folder(session, out, files)
+    if prompt is not None:
+        _show_samples(session, prompt, samples)
+
+
+def _samples(models: dict[str, str], prompt: str, options: "CompressOptions") -> dict[str, str]:
+    """How each model continues the prompt, greedily."""
+    from skink.cli.generate import Choice, continue_text
+
+    return {
+        label: continue_text(
+            name, prompt, Choice(max_new_tokens=_SAMPLE_TOKENS), dtype=options.dtype, device=options.device
+        )
+        for label, name in models.items()
+    }
+
+
+def _show_samples(session: Session, prompt: str, samples: dict[str, str]) -> None:
+    for label, continuation in samples.items():
+        session.show("", Text(f"{label} writes:", style="bold"))
+        text = Text(prompt, style="dim")
+        text.append(continuation, style="not dim")
+        session.show(text)
+
+
+def _show_folder(session: Session, out: Path, files: dict[str, int]) -> None:
+    from skink.export.report.formatting import size
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for file, length in files.items():
+        table.add_row(Text(file), size(length), _WHAT.get(file, ""))
+    session.show(Text(f"{out}", style="bold"), table, "")
+    lines = [f"skink generate {shlex.quote(str(out))} 'def main():'"]
+    if any(file.startswith("onnx/") for file in files):
+        lines.append(f"skink generate {shlex.quote(str(out / 'onnx'))} 'def main():'    # in ONNX Runtime")
+    lines += [
+        "",
+        "import skink                                     # in Python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})",
+    ]
+    session.show(Text("Use it", style="bold"), *(f"  {line}" if line else "" for line in lines))
+
+
+_WHAT = {
+    "report.html": "what it cost and gained: open it in a browser",
+    "report.json": "the same, for programs",
+    "recipe.yaml": "what was done, with every option",
+    "graph.json": "the model's graph",
+    "model.safetensors": "its weights",
+    "README.md": "the model card",
+    "onnx/model.onnx": "for ONNX Runtime: prefill and decode in one graph",
+}

@@ -1,0 +1,142 @@
+"""The main job in memory: a model in, a smaller model out, both Hugging Face models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from skink.errors import CalibrationError
+from skink.graph.capture import capture
+from skink.graph.passes import Pass
+from skink.graph.pipeline import Pipeline, PipelineResult
+from skink.graph.program import Program
+from skink.passes.canonicalize import Canonicalize
+from skink.passes.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from skink.export.huggingface import SkinkForCausalLM
+
+Progress = Callable[[str, int, int], None]
+RecipeLike = str | Path | Sequence[Pass | str] | Recipe
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A compressed program, the one it came from, and what was done.
+
+    Args:
+        program: the result.
+        dense: the captured model in canonical form, with the same weights where nothing was rewritten.
+        recipe: with every override applied.
+        result: of the pipeline.
+    """
+
+    program: Program
+    dense: Program
+    recipe: Recipe
+    result: PipelineResult
+
+
+def compress_program(
+    model: "PreTrainedModel",
+    recipe: RecipeLike = (),
+    *,
+    calibration: Tensor | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    verify: int | None = None,
+    progress: Progress = _silent,
+) -> Compression:
+    """Capture a model and run a recipe on it. The model is left as it was.
+
+    Args:
+        model: a Hugging Face decoder.
+        recipe: see `skink.passes.recipe.load_recipe`; empty for the model as it is, in Skink's form.
+        calibration: token windows int64[N, T].
+        overrides: `{"low-rank.keep": 0.7}`.
+        seed: for anything random.
+        verify: 0 off, 1 structure, 2 numbers too; `SKINK_VERIFY` by default.
+        progress: called as (what, done, total).
+
+    Raises:
+        SkinkError: capture, recipe, option, calibration and verification errors; see docs/errors.md.
+    """
+    loaded = load_recipe(recipe, overrides)
+    pipeline = Pipeline((Canonicalize(), *loaded.passes))
+    if any(entry.needs_calibration for entry in loaded.passes) and calibration is None:
+        raise CalibrationError(
+            "CALIBRATION-002",
+            f"the recipe {str(loaded)!r} needs calibration text, and none was given.",
+            fix="give --calibration FILES, or --calibration stdlib for Python source (in Python calibration=...).",
+        )
+    progress("capture", 0, 1)
+    program = capture(model)
+    program.origin |= {"model_type": model.config.model_type}
+    progress("capture", 1, 1)
+    canonical = Pipeline((Canonicalize(),)).run(program, seed=seed, verify=verify, progress=progress)
+    dense = program.clone()
+    rest = Pipeline(pipeline.passes[1:], start=program.stage)
+    result = rest.run(program, calibration=calibration, seed=seed, verify=verify, progress=progress)
+    return Compression(program, dense, loaded, PipelineResult(canonical.passes + result.passes))
+
+
+def compress(
+    model: "PreTrainedModel | str | Path",
+    recipe: RecipeLike = (),
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    verify: int | None = None,
+    progress: Progress = _silent,
+) -> "SkinkForCausalLM":
+    """A smaller model that generates, trains, saves and loads like any Hugging Face model.
+
+    Args:
+        model: a Hugging Face decoder, or a hub id or folder of one. A model object is left as it was.
+        recipe: a YAML file, the name of a recipe that ships, one-line text, or passes. `[]` gives the same model back in
+            Skink's form.
+        calibration: token windows int64[N, T]; or, with a tokenizer, files, folders, `Documents` or `"stdlib"`.
+        tokenizer: for calibration text; loaded with the model where `model` is a name.
+        overrides: options to change, `{"low-rank.keep": 0.7}`.
+        seed: for anything random.
+        verify: 0 off, 1 structure, 2 numbers too; `SKINK_VERIFY` by default.
+        progress: called as (what, done, total).
+
+    Returns:
+        The model; `model.compression` says what was done.
+
+    Raises:
+        SkinkError: see docs/errors.md.
+    """
+    from skink.compression.texts import TextOptions, calibration_and_held_out
+    from skink.export.huggingface import load_source, to_huggingface
+
+    if isinstance(model, str | Path):
+        model, tokenizer = load_source(model)
+    windows = calibration if isinstance(calibration, Tensor) else None
+    if calibration is not None and windows is None:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        found, _ = calibration_and_held_out(tokenizer, calibration, None, TextOptions(), longest=longest)
+        windows = found.tokens if found is not None else None
+    done = compress_program(
+        model,
+        recipe,
+        calibration=windows,
+        overrides=overrides,
+        seed=seed,
+        verify=verify,
+        progress=progress,
+    )
+    result = to_huggingface(done.program, model.config, model.generation_config)
+    result.compression = done
+    return result

@@ -1,0 +1,172 @@
+"""Measures the source, the captured and the compressed model side by side, and writes down what came out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from skink.compression.compress import Compression
+from skink.compression.texts import Windows
+from skink.evaluation import Perplexity as MeasuredPerplexity
+from skink.evaluation import Speed as MeasuredSpeed
+from skink.evaluation import Spread, machine
+from skink.evaluation import perplexity as measure_perplexity
+from skink.export import report as rep
+from skink.export.report.model import Setting
+from skink.graph.cost import ProgramCost
+from skink.graph.passes import LayerRecord
+from skink.graph.pipeline import PassRecord
+
+SOURCE = "transformers"
+DENSE = "skink, empty recipe"
+RESULT = "skink, compressed"
+RUNTIME = "ONNX Runtime, compressed"
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """The workload that speed is measured on.
+
+    Args:
+        batch: sequences at once.
+        prompt: tokens in each prompt.
+        new_tokens: tokens generated one by one after it.
+        rounds: how often each model runs, in turn with the others.
+    """
+
+    batch: int = 1
+    prompt: int = 128
+    new_tokens: int = 64
+    rounds: int = 7
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One form of the model: its size, and what was measured of it."""
+
+    cost: ProgramCost
+    perplexity: MeasuredPerplexity | None = None
+    speed: MeasuredSpeed | None = None
+
+
+def score(model: Any, windows: Windows) -> MeasuredPerplexity:
+    """Perplexity of a model on windows, with their source among its settings."""
+    measured = measure_perplexity(model, windows.tokens)
+    return MeasuredPerplexity(**{**asdict(measured), "source": windows.source, "data_hash": windows.sha256})
+
+
+def build_report(
+    done: Compression,
+    forms: Mapping[str, Measured],
+    comparisons: Mapping[str, Measured],
+    *,
+    name: str,
+    calibration: Windows | None,
+    seed: int,
+    dtype: str,
+    notes: list[str],
+) -> rep.Report:
+    """Everything that was done and measured, as a report."""
+    here = machine()
+    dense = next(iter(forms.values()))
+    return rep.Report(
+        skink_version=version("skink"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=rep.Source(name=name, model_type=str(done.program.origin.get("model_type", ""))),
+        title=f"{name}, {str(done.recipe) or 'empty recipe'}",
+        recipe=rep.Recipe(line=str(done.recipe), yaml=done.recipe.to_yaml()),
+        calibration=None
+        if calibration is None
+        else rep.Calibration(
+            source=calibration.source,
+            sha256=calibration.sha256,
+            windows=calibration.tokens.shape[0],
+            window_length=calibration.tokens.shape[1],
+            seed=seed,
+        ),
+        dtype=dtype,
+        machine={key: str(value) for key, value in asdict(here).items() if value not in (None, "")},
+        versions={package: version(package) for package in ("torch", "transformers", "onnxruntime", "safetensors")},
+        seed=seed,
+        forms=[_form(form, measured) for form, measured in forms.items()],
+        passes=[_pass_record(record) for record in done.result.passes],
+        layers=[_layer(layer) for layer in done.result.layers],
+        comparisons=_comparisons(comparisons, dense),
+        notes=notes,
+    )
+
+
+def _comparisons(comparisons: Mapping[str, Measured], dense: Measured) -> list[rep.Comparison]:
+    return [
+        rep.Comparison(
+            name=text,
+            keep=measured.cost.linear_parameters / dense.cost.linear_parameters,
+            perplexity=measured.perplexity.value,
+            ratio_to_dense=measured.perplexity.value / dense.perplexity.value,
+            settings=_perplexity_settings(measured.perplexity),
+        )
+        for text, measured in comparisons.items()
+        if measured.perplexity is not None and dense.perplexity is not None
+    ]
+
+
+def _form(name: str, measured: Measured) -> rep.Form:
+    perplexity, speed = measured.perplexity, measured.speed
+    return rep.Form(
+        name=name,
+        parameters=measured.cost.parameters,
+        linear_parameters=measured.cost.linear_parameters,
+        bytes=measured.cost.bytes,
+        macs_per_token=measured.cost.macs_per_token,
+        context=measured.cost.context,
+        perplexity=None
+        if perplexity is None
+        else rep.Perplexity(
+            value=perplexity.value, nats=perplexity.nats_per_token, settings=_perplexity_settings(perplexity)
+        ),
+        speed=None if speed is None else _speed(speed),
+    )
+
+
+def _perplexity_settings(measured: MeasuredPerplexity) -> dict[str, Setting]:
+    settings = {key: value for key, value in asdict(measured).items() if key not in ("value", "nats_per_token")}
+    settings["data_hash"] = measured.data_hash[:12]
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _speed(measured: MeasuredSpeed) -> rep.Speed:
+    settings: dict[str, Setting] = {
+        key: getattr(measured, key) for key in ("batch", "prompt", "new_tokens", "rounds", "seed")
+    }
+    return rep.Speed(
+        prefill=_rate(measured.prefill),
+        decode=_rate(measured.decode),
+        first_token_ms=measured.first_token.median * 1e3,
+        prefill_ratio=measured.prefill_ratio.median,
+        decode_ratio=measured.decode_ratio.median,
+        settings=settings,
+    )
+
+
+def _rate(spread: Spread) -> rep.Rate:
+    return rep.Rate(median=spread.median, min=spread.low, max=spread.high)
+
+
+def _pass_record(record: PassRecord) -> rep.PassRecord:
+    text = str(record.pass_)
+    return rep.PassRecord(
+        name=record.pass_.name,
+        options=text.removeprefix(record.pass_.name).strip("{}"),
+        seconds=record.seconds,
+        edits=record.result.edits,
+        error=None if record.numbers is None else record.numbers.relative,
+        kl=None if record.numbers is None else record.numbers.divergence,
+        verified=record.verified,
+        skipped=len(record.result.refused),
+        rejections=[rep.Rejection(where=where, reason=reason) for where, reason in record.rejections()],
+    )
+
+
+def _layer(layer: LayerRecord) -> rep.LayerRecord:
+    return rep.LayerRecord(**{**asdict(layer), "shape": layer.shape})

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig
+
+from skink.cli.models import _place, captured_program, is_onnx, load_model, load_target
+from skink.errors import ModelError
+from skink.evaluation import HuggingFaceTarget
+from skink.export.onnx import OrtRunner
+
+
+def test_a_folder_with_a_graph_for_onnx_runtime_is_told_from_others(compressed: Path) -> None:
+    assert is_onnx(str(compressed / "onnx"))
+    assert not is_onnx(str(compressed))
+    assert isinstance(load_target(str(compressed / "onnx")), OrtRunner)
+    assert isinstance(load_target(str(compressed)), HuggingFaceTarget)
+
+
+def test_where_pytorch_is_needed_the_folder_above_is_suggested(compressed: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(str(compressed / "onnx"))
+    assert caught.value.code == "MODEL-001"
+    assert str(compressed) in caught.value.fix
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_an_encoder_is_refused(tmp_path: Path, meta: bool) -> None:
+    class Unknown(BertConfig):
+        model_type = "vit"
+
+    Unknown().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a causal language model"):
+        captured_program(str(tmp_path), meta=meta)
+
+
+def test_the_model_that_ships_has_a_name() -> None:
+    assert (Path(_place("stdlib-llama")) / "config.json").is_file()
+    assert _place("some/folder") == "some/folder"
