@@ -1,0 +1,196 @@
+"""Calls that raise the errors whose messages docs/errors.md shows."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import skink
+from skink.evaluation import HuggingFaceTarget, text_files
+from skink.export.folder import output_folder
+from skink.export.huggingface import load_source
+from skink.graph.passes import Context, Pass, PassResult
+from skink.graph.program import Program
+from skink.graph.rewriter import Rewriter
+from skink.graph.serialization import load_graph
+from skink.graph.state import derive_step
+from skink.passes.canonicalize import Canonicalize
+from skink.passes.decompose import LowRank
+from skink.passes.recipe import load_recipe
+from tests.models import build, tiny
+
+aten = torch.ops.aten
+
+
+class Scores(nn.Module):
+    """Takes two tensors."""
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        return query @ key.transpose(1, 2)
+
+
+class Branch(nn.Module):
+    """Decides by values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x * 2
+        return x
+
+
+class CountedPositions(nn.Module):
+    """Computes positions from the padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(10, 4), nn.Embedding(20, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.tokens(input_ids) + self.places(attention_mask.cumsum(1))
+
+
+class Plain(nn.Module):
+    """Keeps no cache."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class HalveLogits(Pass):
+    """Calls itself exact."""
+
+    name: ClassVar[str] = "halve-logits"
+    summary: ClassVar[str] = ""
+
+    def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
+        output = program.graph.output_node()
+        (logits,) = output.args[0]
+        with rewriter.before(output):
+            output.args = ((rewriter.call(aten.mul.Tensor, logits, 0.5),),)
+        return PassResult(edits=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReluInPlace(Pass):
+    """Goes past the rewriter."""
+
+    name: ClassVar[str] = "relu-in-place"
+    summary: ClassVar[str] = ""
+
+    def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
+        for node in program.graph.find_nodes(op="call_function", target=aten.silu.default):
+            node.target = aten.relu_.default
+        return PassResult(edits=1)
+
+
+def _run(entry: Pass) -> None:
+    skink.Pipeline((Canonicalize(), entry)).run(skink.capture(tiny("llama")))
+
+
+def _shared_memory() -> None:
+    x = torch.zeros(2, 4, 8)
+    skink.capture(Scores(), (x, x))
+
+
+def _meta() -> None:
+    skink.capture(build("llama").to("meta"))(*[torch.zeros(1, 2, dtype=torch.int64)] * 3)
+
+
+def _not_finite() -> None:
+    model: Any = build("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    skink.compress(model, "low-rank", calibration=torch.zeros(2, 8, dtype=torch.int64), verify=0)
+
+
+def _cut_short() -> None:
+    tiny("llama").save_pretrained("tiny")
+    file = Path("tiny/model.safetensors")
+    file.write_bytes(file.read_bytes()[:100_000])
+    load_source("tiny")
+
+
+def _pickles() -> None:
+    tiny("llama").save_pretrained("old")
+    Path("old/model.safetensors").unlink()
+    Path("old/pytorch_model.bin").touch()
+    load_source("old")
+
+
+def _counted_positions() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    derive_step(skink.capture(CountedPositions(), (ids, torch.ones_like(ids))))
+
+
+def _empty_folder() -> None:
+    Path("notes").mkdir()
+    skink.load("notes")
+
+
+def _existing_folder() -> None:
+    Path("notes").mkdir()
+    with output_folder("notes"):
+        pass
+
+
+def _full_disk() -> None:
+    with output_folder("smaller"):
+        raise OSError(28, "No space left on device")
+
+
+def _stepped_export() -> None:
+    program = skink.capture(tiny("llama"))
+    skink.Pipeline((Canonicalize(),)).run(program)
+    skink.export_onnx(derive_step(program), "onnx")
+
+
+def _cut_onnx() -> None:
+    Path("broken").mkdir()
+    Path("broken/model.onnx").write_bytes(b"\xff\xff")
+    from skink.export.onnx import OrtRunner
+
+    OrtRunner("broken")
+
+
+def _chunked_mask() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "head_dim": 8}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layers": [1]}
+    config = AutoConfig.for_model("llama4_text", attention_chunk_size=4, num_local_experts=2, **sizes, **layers)
+    skink.capture(AutoModelForCausalLM.from_config(config))
+
+
+EXAMPLES: dict[str, Callable[[], object]] = {
+    "CAPTURE-001": _shared_memory,
+    "CAPTURE-002": lambda: skink.capture(Branch(), (torch.zeros(2, 4, 8),)),
+    "CAPTURE-003": _chunked_mask,
+    "CAPTURE-004": lambda: skink.capture(nn.Linear(3, 3)),
+    "CAPTURE-005": lambda: skink.capture(Scores(), {"query": torch.zeros(2, 4, 8), "key": [1]}),
+    "GRAPH-001": lambda: load_graph('{"format": 7}'),
+    "GRAPH-002": _meta,
+    "OPTION-001": lambda: load_recipe("low-rank{kep=0.8}"),
+    "OPTION-002": lambda: load_recipe("low-rank{keep=1.8}"),
+    "OPTION-003": lambda: load_recipe("low-rank{keep=most}"),
+    "RECIPE-001": lambda: load_recipe("lowrank{keep=0.8}"),
+    "RECIPE-002": lambda: load_recipe("low-rank{keep=0.8"),
+    "RECIPE-003": lambda: skink.Pipeline((LowRank(),)),
+    "VERIFY-001": lambda: _run(ReluInPlace()),
+    "VERIFY-002": lambda: _run(HalveLogits()),
+    "STATE-001": _counted_positions,
+    "CALIBRATION-002": lambda: skink.compress(tiny("llama"), "low-rank"),
+    "CALIBRATION-003": _not_finite,
+    "CALIBRATION-004": lambda: skink.compress(tiny("llama"), "low-rank", calibration=torch.full((2, 8), 200)),
+    "MODEL-001": _empty_folder,
+    "MODEL-002": _cut_short,
+    "MODEL-003": _pickles,
+    "MODEL-004": lambda: HuggingFaceTarget(Plain(), vocabulary=5),
+    "MODEL-005": lambda: skink.compress(tiny("llama"))(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=True),
+    "EXPORT-001": _stepped_export,
+    "EXPORT-003": _cut_onnx,
+    "OUTPUT-001": _existing_folder,
+    "OUTPUT-002": _full_disk,
+    "INPUT-001": lambda: text_files([Path("notes.txt")]),
+}

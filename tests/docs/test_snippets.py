@@ -1,0 +1,80 @@
+"""The Python of the pages that users copy from runs, in order, on the model that ships."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from skink.compression import CompressOptions, TextOptions, compress_to_folder
+from tests.docs.pages import Page, page
+
+PAGES = tuple(map(page, ("README.md", "docs/onnx.md", "docs/report.md", "docs/building.md")))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make quickstart` leaves, less its measurements."""
+    folder = tmp_path_factory.mktemp("snippets") / "compressed"
+    options = CompressOptions(evaluate=False, verify=0)
+    compress_to_folder("stdlib-llama", "low-rank{method=plain}", folder, options)
+    return folder
+
+
+@pytest.mark.slow
+# PEFT asks transformers by a name that transformers has replaced.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("entry", PAGES, ids=lambda entry: entry.path)
+def test_python_runs(
+    entry: Page,
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("build/quickstart", "smaller"):
+        shutil.copytree(compressed, tmp_path / name)
+    # Less text than the page's own run: what is shown here is that it runs.
+    monkeypatch.setattr("skink.compression.texts.TextOptions", partial(TextOptions, calibration_windows=4, length=64))
+    namespace: dict[str, object] = {"__name__": "snippets"}
+    with torch.random.fork_rng():
+        for block in entry.blocks():
+            if block.language == "python":
+                exec(compile(block.text, f"<{entry.path}, {block.heading}>", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for expected in _PRINTED[entry.path]:
+        assert expected in printed
+    for file in _WRITTEN.get(entry.path, ()):
+        assert (tmp_path / file).is_file()
+
+
+_PRINTED = {
+    "README.md": (
+        "model.layers.0.self_attn.q_proj (256, 256) factored 102",
+        "program rewritten(%input_ids: i64[B,T]",
+        "def main():",
+    ),
+    "docs/onnx.md": ("'Attention': 8", "def main():"),
+    "docs/report.md": ("transformers 6951168", "skink, compressed 57"),
+    "docs/building.md": ("(",),
+}
+_WRITTEN = {"README.md": ("trained/model.safetensors", "smaller-onnx/model.onnx", "smaller-onnx/tokenizer.json")}
+
+
+def test_the_readme_shows_how_to_compress_load_print_train_and_export() -> None:
+    text = "".join(block.text for block in page("README.md").blocks() if block.language == "python")
+    for name in ("skink.compress(", "skink.load(", "generate(", "get_peft_model(", "export_onnx(", "print("):
+        assert name in text
+
+
+def test_the_table_of_the_quick_start_has_the_forms_and_the_methods_that_it_prints() -> None:
+    from skink.compression.measure import DENSE, RESULT, SOURCE
+    from skink.passes.recipe import load_recipe
+
+    table = next(block.text for block in page("README.md").blocks() if "Perplexity" in block.text)
+    header = next(line for line in table.splitlines() if SOURCE in line)
+    assert header.split("  ")[-1].strip() == RESULT
+    assert DENSE in header
+    assert load_recipe("quickstart").compare[0] in table
