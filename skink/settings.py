@@ -1,0 +1,55 @@
+"""Settings that come from the environment: read here, once, and nowhere else. Listed in docs/environment.md."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from skink.errors import OptionError, suggest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment may set.
+
+    Args:
+        verify: 0 off; 1 structure and shapes after each pass; 2 numbers too. `SKINK_VERIFY`, default 2.
+        dump: folder for the text of every program that a pass changed. `SKINK_DUMP`, default none.
+        instruction_set: forces one instruction set of the C++ kernels (`baseline`, `avx2`, `avx512`), for tests and
+            comparisons. `SKINK_INSTRUCTION_SET`, default the best that the processor has.
+        kernels: `auto` uses the C++ kernels where they are built, `reference` never does. `SKINK_KERNELS`.
+    """
+
+    verify: int = 2
+    dump: Path | None = None
+    instruction_set: str = ""
+    kernels: str = "auto"
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        OptionError: OPTION-002 where a variable has a value that it cannot have.
+    """
+    dump = os.environ.get("SKINK_DUMP", "")
+    return Settings(
+        verify=int(_choice("SKINK_VERIFY", "2", ("0", "1", "2"))),
+        dump=Path(dump) if dump else None,
+        # Which sets there are, the compiled library knows.
+        instruction_set=os.environ.get("SKINK_INSTRUCTION_SET", ""),
+        kernels=_choice("SKINK_KERNELS", "auto", ("auto", "reference")),
+    )
+
+
+def _choice(variable: str, default: str, valid: Sequence[str]) -> str:
+    value = os.environ.get(variable) or default
+    if value not in valid:
+        raise OptionError(
+            "OPTION-002",
+            f"the environment variable {variable} is {value!r}, which is none of its values.",
+            fix=suggest(value, valid),
+        )
+    return value

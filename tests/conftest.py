@@ -1,0 +1,52 @@
+"""What all tests share: a seed, one thread for each worker, and an environment to set."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
+
+from skink.kernels.cpp.library import library
+from skink.settings import settings
+
+# The same examples everywhere, however slow the machine is.
+hypothesis_settings.register_profile("skink", derandomize=True, deadline=None, max_examples=30)
+hypothesis_settings.load_profile("skink")
+
+# As in tests/models.py, which loads transformers and so is not loaded here.
+FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi3", "gpt_neox", "olmo2", "opt", "mixtral")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn; of session scope, so that all tests of a family run together and capture it once."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def set_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets `SKINK_...` variables as if the process had begun with them."""
+
+    def forget() -> None:
+        settings.cache_clear()
+        library.cache_clear()
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        forget()
+
+    yield set_variables
+    monkeypatch.undo()
+    forget()
