@@ -1,0 +1,56 @@
+# make quickstart   compress the model that ships and print what it cost and gained
+# make test         the tests
+# make check        formatting, lint and types
+# make bench        CPU benchmarks; make bench-gpu: GPU benchmarks
+# make clean        remove what was built (not the environment)
+#
+# All of them share one virtual environment, made when it is missing or out of date. PYTHON=... chooses its interpreter.
+
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+CPP := CMakeLists.txt build_backend.py $(shell find skink -name '*.h' -o -name '*.cpp')
+
+.PHONY: quickstart test check bench bench-gpu clean environment
+
+quickstart: $(VENV)/.skink
+	$(BIN)/skink compress stdlib-llama --recipe quickstart --out build/quickstart --overwrite --onnx \
+		--prompt "class Path:"
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.skink
+	@set -e; for suite in benchmarks/cpu/*.py; do echo "== $$suite"; $(BIN)/python $$suite; done
+
+bench-gpu: $(VENV)/.skink
+	@set -e; for suite in benchmarks/gpu/*.py; do echo "== $$suite"; $(BIN)/python $$suite; done
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+environment: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Skink needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch comes first: the kernels are compiled against the copy that is installed, so they are built without isolation.
+$(VENV)/.build: $(VENV)/bin/python constraints.txt
+	$(PIP) $$(grep '^torch==' constraints.txt) scikit-build-core cmake ninja
+	@touch $@
+
+$(VENV)/.skink: $(VENV)/.build pyproject.toml $(CPP)
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.skink
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
