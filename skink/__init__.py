@@ -7,6 +7,8 @@ PyTorch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from skink.export.huggingface.registration import register
+
 if TYPE_CHECKING:
     from skink.compression import compress
     from skink.errors import SkinkError
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from skink.graph.passes import Pass
     from skink.graph.pipeline import Pipeline
     from skink.graph.program import Program
+
+# Lets AutoConfig and AutoModelForCausalLM read Skink folders, as soon as somebody imports transformers.
+register()
 
 _HOMES = {
     "Pass": "skink.graph.passes",

@@ -24,7 +24,6 @@ CODES: dict[str, str] = {
     "VERIFY-001": "a graph that breaks the rules of its stage after a pass",
     "VERIFY-002": "numbers changed by a pass that promised not to change them",
     "STATE-001": "an operator that mixes tokens in a way Skink cannot step",
-    "LOWER-001": "no kernel for an operator on this device and dtype",
     "CALIBRATION-001": "calibration text that gives no tokens, or too few",
     "CALIBRATION-002": "calibration needed and none given",
     "CALIBRATION-003": "calibration statistics that are not finite",
@@ -103,10 +102,6 @@ class VerifyError(SkinkError):
 
 class StateError(SkinkError):
     """A graph whose step form cannot be derived."""
-
-
-class LowerError(SkinkError):
-    """No kernel for an op."""
 
 
 class CalibrationError(SkinkError):

@@ -1,8 +1,9 @@
 """The main job on the model that ships: what low rank costs and gains, against transformers in the same run.
 
-Prints, from one report: held-out perplexity of the whitened and of the plain truncation as ratios to the dense model, and
-prefill and decode speed of the captured and of the compressed model as ratios to transformers, medians of interleaved
-rounds with their range. The limit beside decode is the time that memory needs to carry the weights once per token.
+Prints, from one report: held-out perplexity of the whitened and of the plain truncation as ratios to the dense model,
+and prefill and decode speed of the captured and of the compressed model as ratios to transformers, medians of
+interleaved rounds with their range. The limit beside decode is the time that memory needs to carry the weights once
+per token.
 
     python benchmarks/cpu/main_job.py [--keep 0.8] [--rounds N] [--threads N] [--json]
 """

@@ -12,6 +12,7 @@ from skink.graph.capture import capture
 from skink.graph.passes import Pass
 from skink.graph.pipeline import Pipeline, PipelineResult
 from skink.graph.program import Program
+from skink.graph.propagate import propagate
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import Recipe, load_recipe
 
@@ -78,14 +79,26 @@ def compress_program(
             fix="give --calibration FILES, or --calibration stdlib for Python source (in Python calibration=...).",
         )
     progress("capture", 0, 1)
-    program = capture(model)
-    program.origin |= {"model_type": model.config.model_type}
+    program = _captured(model)
     progress("capture", 1, 1)
     canonical = Pipeline((Canonicalize(),)).run(program, seed=seed, verify=verify, progress=progress)
     dense = program.clone()
     rest = Pipeline(pipeline.passes[1:], start=program.stage)
     result = rest.run(program, calibration=calibration, seed=seed, verify=verify, progress=progress)
     return Compression(program, dense, loaded, PipelineResult(canonical.passes + result.passes))
+
+
+def _captured(model: "PreTrainedModel") -> Program:
+    """The model as a program: captured, or, where it is a program in Skink's form already, that one."""
+    from skink.export.huggingface import SkinkForCausalLM
+
+    if isinstance(model, SkinkForCausalLM):
+        program = model.program
+        propagate(program)
+        return program
+    program = capture(model)
+    program.origin |= {"model_type": model.config.model_type}
+    return program
 
 
 def compress(
@@ -103,7 +116,8 @@ def compress(
 
     Args:
         model: a Hugging Face decoder, or a hub id or folder of one. A model object is left as it was.
-        recipe: a YAML file, the name of a recipe that ships, one-line text, or passes. `[]` gives the same model back in
+        recipe: a YAML file, the name of a recipe that ships, one-line text, or passes. `[]` gives the same model back
+        in
             Skink's form.
         calibration: token windows int64[N, T]; or, with a tokenizer, files, folders, `Documents` or `"stdlib"`.
         tokenizer: for calibration text; loaded with the model where `model` is a name.

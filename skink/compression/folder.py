@@ -28,7 +28,7 @@ from skink.compression.texts import (
 from skink.evaluation import GenerationTarget, HuggingFaceTarget, measure_generation
 from skink.export.folder import output_folder
 from skink.export.huggingface import load, load_source, save, to_huggingface
-from skink.export.huggingface.loading import STDLIB_LLAMA
+from skink.export.huggingface.loading import STDLIB_LLAMA, stored_dtype
 from skink.export.report import Report, write_report
 from skink.graph.cost import program_cost
 from skink.graph.program import Program
@@ -102,7 +102,7 @@ def compress_to_folder(
     with output_folder(out, overwrite=options.overwrite) as folder:
         progress("load", 0, 1)
         source, tokenizer = load_source(name, dtype=options.dtype, device=options.device)
-        stored = _stored_dtype(source)
+        stored = stored_dtype(name)
         progress("load", 1, 1)
         calibration, held_out = calibration_and_held_out(
             tokenizer,
@@ -142,12 +142,6 @@ def compress_to_folder(
         )
         write_report(report, folder)
     return report
-
-
-def _stored_dtype(source: Any) -> torch.dtype:
-    """The dtype that the checkpoint was in before it was loaded."""
-    dtype = getattr(source, "stored_dtype", None) or source.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _write_onnx(

@@ -74,8 +74,8 @@ def build_report(
         skink_version=version("skink"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=rep.Source(name=name, model_type=str(done.program.origin.get("model_type", ""))),
-        title=f"{name}, {str(done.recipe) or 'empty recipe'}",
-        recipe=rep.Recipe(line=str(done.recipe), yaml=done.recipe.to_yaml()),
+        title=f"{name}, {done.recipe.describe() or 'empty recipe'}",
+        recipe=rep.Recipe(line=done.recipe.describe(), yaml=done.recipe.to_yaml()),
         calibration=None
         if calibration is None
         else rep.Calibration(

@@ -59,7 +59,9 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
     raise OutputError(
         "OUTPUT-001",
         f"{target} exists already.",
-        fix="choose another folder, or remove this one." if target.is_dir() else "choose another name: this is a file.",
+        fix="choose another folder, remove this one, or pass --overwrite."
+        if target.is_dir()
+        else "choose another name: this is a file.",
     )
 
 

@@ -1,7 +1,7 @@
 """From an `ExportedProgram` to a `Program`: weights under their own names, without the exporter's bookkeeping."""
 
-from collections.abc import Iterable
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch

@@ -177,7 +177,7 @@ def _decode_nodes(entries: Sequence[Mapping[str, Any]], weights: Mapping[str, An
         _require("output" not in nodes, "something follows the output")
         if kind == "placeholder":
             target = str(entry["target"])
-            _require(target.isidentifier(), f"{target!r} is not an input's name")
+            _require(target.isidentifier() and target != "self", f"{target!r} is not an input's name")
             node = graph.create_node("placeholder", target, name=name)
         elif kind == "call_function":
             function = find_operator(entry["target"])

@@ -18,7 +18,9 @@ def empty_state(program: Program, batch: int) -> list[Tensor]:
     ]
 
 
-def step_through(program: Program, inputs: Batch, chunks: Sequence[int], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def step_through(
+    program: Program, inputs: Batch, chunks: Sequence[int], state: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """The results of all chunks joined, and the state after the last."""
     parts: list[Tensor] = []
     begin = 0

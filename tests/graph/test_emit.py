@@ -151,7 +151,11 @@ def test_odd_uses_of_weights() -> None:
     _, emitted = check(One(lambda self, x: nn.functional.linear(x, self.w), w=parameter(3, 4)), x)
     assert [name for name, _ in emitted.named_parameters()] == ["w"]
     check(One(lambda self, x: nn.functional.linear(x, self.layer.weight, self.b), layer=layer, b=parameter(4)), x)
-    check(Two(lambda self, x, y: nn.functional.linear(self.table(y), self.table.weight) + x, table=table), x, torch.tensor([1, 3]))
+    check(
+        Two(lambda self, x, y: nn.functional.linear(self.table(y), self.table.weight) + x, table=table),
+        x,
+        torch.tensor([1, 3]),
+    )
 
 
 def test_several_results_come_as_a_tuple() -> None:

@@ -14,7 +14,14 @@ aten = torch.ops.aten
 
 @pytest.mark.parametrize(
     "target",
-    [aten.add.Tensor, aten.linear.default, aten.arange.start, aten._to_copy.default, aten.split.Tensor, operator.getitem]
+    [
+        aten.add.Tensor,
+        aten.linear.default,
+        aten.arange.start,
+        aten._to_copy.default,
+        aten.split.Tensor,
+        operator.getitem,
+    ]
     + [op.overload for op in OPS],
     ids=str,
 )
@@ -51,6 +58,8 @@ def test_no_operator_writes_or_reads_without_looking() -> None:
 
 
 def test_a_misspelt_op_is_suggested() -> None:
-    with pytest.raises(GraphError, match=r"\[GRAPH-001\] the operator 'skink.atention.default' is not allowed") as caught:
+    with pytest.raises(
+        GraphError, match=r"\[GRAPH-001\] the operator 'skink.atention.default' is not allowed"
+    ) as caught:
         find_operator("skink.atention.default")
     assert "did you mean 'skink.attention.default'?" in caught.value.fix

@@ -7,7 +7,18 @@ import torch
 from torch import fx
 
 from skink.graph.capture import capture
-from skink.graph.pattern import Call, Match, NoMatch, Rule, apply_rules, below_widening, match, op_name, ops, through_casts
+from skink.graph.pattern import (
+    Call,
+    Match,
+    NoMatch,
+    Rule,
+    apply_rules,
+    below_widening,
+    match,
+    op_name,
+    ops,
+    through_casts,
+)
 from skink.graph.program import Program
 from skink.graph.rewriter import Rewriter
 from tests.modules import One, Two, parameter
@@ -166,7 +177,9 @@ def test_the_first_rule_that_matches_wins_and_refusals_are_kept() -> None:
 
 def test_overlapping_matches_are_rewritten_one_after_the_other() -> None:
     program = capture(One(lambda self, x: torch.relu(torch.relu(torch.relu(x)))), (X,))
-    rule = Rule("twice", pattern=lambda x: ops.relu(ops.relu(x)), rewrite=lambda r, m: r.call(aten.relu.default, m["x"]))
+    rule = Rule(
+        "twice", pattern=lambda x: ops.relu(ops.relu(x)), rewrite=lambda r, m: r.call(aten.relu.default, m["x"])
+    )
     rewriter = Rewriter(program, "test")
     apply_rules(program, rewriter, [rule])
     assert rewriter.count == 1 + 1

@@ -61,9 +61,7 @@ def test_replaced_weights_are_noticed() -> None:
 
 def test_operators_that_need_concrete_sizes_in_cpp() -> None:
     module = Two(lambda self, x, y: torch.baddbmm(x[:, :1, :1], x, y))
-    subject = capture(
-        module, (torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)), dims={"x": {0: "B", 1: "T"}, "y": {0: "B"}}
-    )
+    subject = capture(module, (torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)), dims={"x": {0: "B", 1: "T"}, "y": {0: "B"}})
     propagate(subject)
     assert types(subject, "baddbmm") == ["f32[B,T,5]"]
 

@@ -170,7 +170,9 @@ def test_hostile_files_are_refused(change: Callable[[dict[str, Any]], Any]) -> N
         program_from_json(data)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, "{" + '"a":{' * 50_000, '{"format": 1' + "0" * 9999])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "[" * 100_000, "{" + '"a":{' * 50_000, '{"format": 1' + "0" * 9999]
+)
 def test_text_that_is_no_graph_is_refused(text: str) -> None:
     with pytest.raises(GraphError, match=r"^\[GRAPH-001\] "):
         load_graph(text)
@@ -194,11 +196,11 @@ def mutate(value: Any, rng: random.Random) -> Any:
     return junk
 
 
-@pytest.mark.parametrize("source", ["layers", "stepped"])
-def test_damaged_files_load_or_are_refused(source: str) -> None:
+@pytest.mark.parametrize(("source", "count"), [("layers", 300), ("stepped", 40)])
+def test_damaged_files_load_or_are_refused(source: str, count: int) -> None:
     data = valid() if source == "layers" else json.loads(json.dumps(program_to_json(derive_step(canonical("gemma2")))))
     refused = 0
-    for seed in range(200):
+    for seed in range(count):
         rng = random.Random(seed)
         damaged = data
         for _ in range(rng.choice([1, 1, 3])):
@@ -210,7 +212,7 @@ def test_damaged_files_load_or_are_refused(source: str) -> None:
             refused += 1
         else:
             assert isinstance(loaded, Program)
-    assert 60 < refused < 200
+    assert count // 4 < refused < count
 
 
 def test_nothing_in_a_name_is_run(tmp_path: Path) -> None:

@@ -32,7 +32,14 @@ class Decoder(nn.Module):
         for window, layer in zip(self.windows, self.mixed, strict=True):
             query, key, value = layer(hidden).unflatten(-1, (8, 2)).transpose(1, 2).split([4, 2, 2], 1)
             mixed = torch.ops.skink.attention(
-                query, key, value, attention_mask.bool(), scale=1.0, window=window, softcap=self.softcap, sinks=self.sinks
+                query,
+                key,
+                value,
+                attention_mask.bool(),
+                scale=1.0,
+                window=window,
+                softcap=self.softcap,
+                sinks=self.sinks,
             )
             hidden = hidden + mixed.transpose(1, 2).flatten(2)
         return hidden
@@ -82,9 +89,7 @@ def assert_law(full: Program, stepped: Program, inputs: Batch, chunks: list[int]
     chunked(),
     st.sampled_from([((0, 1), 0.0, False), ((2, 5), 0.0, False), ((1, 2), 2.0, True), ((40, 5), 0.0, True)]),
 )
-def test_attention_of_every_kind(
-    parts: tuple[Batch, list[int]], kind: tuple[tuple[int, ...], float, bool]
-) -> None:
+def test_attention_of_every_kind(parts: tuple[Batch, list[int]], kind: tuple[tuple[int, ...], float, bool]) -> None:
     assert_law(*decoder(*kind), *parts)
 
 

@@ -172,7 +172,9 @@ def test_nan_in_any_result_is_a_difference(order: int) -> None:
 
 def test_empty_results_and_tokens_can_be_compared() -> None:
     empty, tokens = torch.ones(0), torch.tensor([1, 2])
-    assert compare(identity(empty, tokens), [empty, torch.tensor([1, 3])], [empty, tokens]).largest == pytest.approx(1 / 3)
+    assert compare(identity(empty, tokens), [empty, torch.tensor([1, 3])], [empty, tokens]).largest == pytest.approx(
+        1 / 3
+    )
 
 
 @pytest.mark.parametrize("dtype", EXACT_TOLERANCE)

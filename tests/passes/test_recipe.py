@@ -35,7 +35,8 @@ samples = st.builds(
     layers=st.lists(st.text(max_size=6), max_size=3).map(tuple),
     ranks=st.lists(st.integers(), max_size=3).map(tuple),
     limit=st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    note=st.text(max_size=8) | st.sampled_from(["true", "No", "null", "1e-6", "3", "[a]", "{", '"', "\\", " x ", "a,b"]),
+    note=st.text(max_size=8)
+    | st.sampled_from(["true", "No", "null", "1e-6", "3", "[a]", "{", '"', "\\", " x ", "a,b"]),
 )
 
 

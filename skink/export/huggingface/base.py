@@ -146,7 +146,7 @@ class SkinkPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = True
         program = read_graph(name, kwargs)
         folder = Path(name) / (kwargs.get("subfolder") or "")
-        if folder.is_dir():
+        if folder.is_dir() and not kwargs.get("variant"):
             check_weights(folder)
         load: Any = super().from_pretrained
         try:

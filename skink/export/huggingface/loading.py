@@ -76,7 +76,7 @@ def load_source(
     Raises:
         ModelError: MODEL-001 no such checkpoint, -002 weights missing or damaged, -003 it needs pickles or code.
     """
-    name = str(_ASSETS / STDLIB_LLAMA) if str(name_or_path) == STDLIB_LLAMA else str(name_or_path)
+    name = _resolve(name_or_path)
     target = torch.device(device or "cpu")
     values = _values(name)
     if values["model_type"] == SkinkConfig.model_type:
@@ -85,6 +85,22 @@ def load_source(
         model = _load_huggingface(name, values, _choose_dtype(dtype, values, target))
         nn.Module.to(model, target)
     return model.eval(), _load_tokenizer(name)
+
+
+def stored_dtype(name_or_path: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype that a checkpoint's weights are stored in, as its configuration says; float32 where it says nothing.
+
+    Raises:
+        ModelError: as `load_source`.
+    """
+    values = _values(_resolve(name_or_path))
+    stored = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    dtype = getattr(torch, stored.removeprefix("torch."), torch.float32)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> str:
+    return str(_ASSETS / STDLIB_LLAMA) if str(name_or_path) == STDLIB_LLAMA else str(name_or_path)
 
 
 def _values(name: str) -> dict[str, Any]:

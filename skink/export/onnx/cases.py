@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skink.export.onnx.prepare import cast_program
 from skink.graph.program import Program
+from skink.graph.propagate import propagate
 from skink.graph.state import PADDING_INPUT
 
 GREEDY_TOKENS = 32
@@ -93,6 +94,7 @@ def save_cases(cases: list[Case], path: Path) -> None:
 
 def _limits(program: Program) -> tuple[int, int]:
     """(token ids, tokens in a sequence) that the program's tables allow."""
+    propagate(program)  # a program that was read from a file has no shapes yet
     names = {node: entry.name for node, entry in zip(program.graph.find_nodes(op="placeholder"), program.inputs)}
     logits: Any = program.graph.output_node().args[0][0]  # type: ignore[index]
     vocabulary = int(logits.meta["val"].shape[-1])

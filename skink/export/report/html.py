@@ -140,7 +140,7 @@ def _comparisons(rows: Sequence[Comparison]) -> Markup | None:
     cells = [
         (
             row.name,
-            f"{row.keep:g}",
+            f"{row.keep:.3g}",
             fmt.plain(row.perplexity),
             fmt.ratio(row.ratio_to_dense, 4),
             fmt.settings(row.settings),

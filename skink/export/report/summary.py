@@ -12,6 +12,8 @@ from skink.export.report.model import Form, LayerRecord, PassRecord, Perplexity,
 Tone = Literal["better", "worse", "even"]
 # A change smaller than this is no change to the reader.
 _EVEN = 5e-4
+# Losses in nats that differ by less are the same up to rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _loss_row(forms: Sequence[Form]) -> Row:
             cells.append(Cell(fmt.MISSING))
         elif form is not forms[0] and first is not None and measured.settings == first.settings:
             added = measured.nats - first.nats
+            if abs(added) < _ROUNDING:
+                added = 0.0
             sign = "+" if added > 0 else fmt.MINUS if added < 0 else "±"
             cells.append(Cell(fmt.plain(measured.nats), ratio_text=f"{sign}{fmt.plain(abs(added), 2)}"))
         else:

@@ -80,7 +80,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     for row in comparisons:
         table.add_row(
             Text(fmt.clean(row.name)),
-            Text(f"{row.keep:g}"),
+            Text(f"{row.keep:.3g}"),
             Text(fmt.plain(row.perplexity)),
             Text(fmt.ratio(row.ratio_to_dense, 4)),
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 from skink.kernels.attention.torch_impl import attention as blocked
 from skink.kernels.cpp.library import library
 
-# More new tokens than this go to PyTorch, by dtype. Measured by benchmarks/cpu/kernels.py; in bfloat16 PyTorch has matrix
-# units to use, and wins sooner.
+# More new tokens than this go to PyTorch, by dtype. Measured by benchmarks/cpu/kernels.py; in bfloat16 PyTorch has
+# matrix units to use, and wins sooner.
 FEW_TOKENS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 8}
 
 library()

@@ -6,11 +6,11 @@ from skink.errors import ModelError
 from skink.export.huggingface import SkinkConfig, SkinkForCausalLM, to_huggingface
 from skink.graph.serialization import program_to_json
 from tests.export.huggingface.built import factored_model, fresh, skink_model
-from tests.models import FAMILIES, tiny
+from tests.models import tiny
 from tests.programs import batch, canonical
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_state_has_the_names_of_the_source(family: str) -> None:
     source, model = tiny(family), skink_model(family)
     buffers = {name for name, _ in source.named_buffers()}
@@ -26,7 +26,7 @@ def test_factored_layers_are_two_linear_layers() -> None:
     assert list(layer.up.weight.shape) == [128, 6]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_embeddings_and_head_are_found_and_can_be_replaced(family: str) -> None:
     source, model = tiny(family), fresh(family)
     assert torch.equal(model.get_input_embeddings().weight, source.get_input_embeddings().weight)

@@ -136,3 +136,10 @@ def test_a_card_that_is_there_is_left(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     factored_model().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_variant_is_loaded_by_its_name(tmp_path: Path) -> None:
+    factored_model().save_pretrained(tmp_path, variant="other")
+    assert (tmp_path / "model.other.safetensors").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="other")
+    assert fingerprint(loaded) == fingerprint(factored_model())

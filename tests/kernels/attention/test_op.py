@@ -15,14 +15,22 @@ def refusal(name: str, case: Case) -> str | None:
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [(Case(), None), (Case(padding=True, window=3), None), (Case(softcap=2.0), "has no soft cap"), (Case(sinks=True), "has no sinks")],
+    [
+        (Case(), None),
+        (Case(padding=True, window=3), None),
+        (Case(softcap=2.0), "has no soft cap"),
+        (Case(sinks=True), "has no sinks"),
+    ],
 )
 def test_what_pytorchs_kernels_refuse(case: Case, reason: str | None) -> None:
     assert refusal("torch", case) == reason
 
 
 def test_kernels_in_order_of_preference() -> None:
-    assert [(variant.name, variant.differentiable) for variant in ATTENTION.variants] == [("cpp", False), ("torch", True)]
+    assert [(variant.name, variant.differentiable) for variant in ATTENTION.variants] == [
+        ("cpp", False),
+        ("torch", True),
+    ]
 
 
 def state(**options: object) -> list[tuple[str, str, str, int]]:

@@ -7,7 +7,7 @@ from skink.kernels import RMS_NORM, OpCall
 from skink.kernels.cpp.library import library
 
 
-def test_weights_of_another_dtype_are_refused() -> None:
+def test_weights_of_a_third_dtype_are_refused() -> None:
     if not library().available:
         pytest.skip(library().reason)
     (variant,) = RMS_NORM.variants
@@ -16,6 +16,7 @@ def test_weights_of_another_dtype_are_refused() -> None:
     def refusal(*args: object) -> str | None:
         return variant.supports(OpCall(RMS_NORM.bind(args, {}), torch.device("cpu")))
 
-    assert refusal(x, weight, 1e-6) == "needs input and weight of one dtype, got torch.bfloat16 and torch.float32"
+    assert refusal(x, weight.half(), 1e-6) == "needs a weight in float32 or in the input's dtype, got torch.float16"
+    assert refusal(x, weight, 1e-6) is None
     assert refusal(x, weight.bfloat16(), 1e-6) is None
     assert refusal(x, None, 1e-6) is None

@@ -111,4 +111,8 @@ def test_known_sizes_become_numbers() -> None:
 
 
 def test_views_become_reshapes() -> None:
-    assert left(lambda self, x: x.transpose(1, 2).contiguous().view(x.shape[0], -1)) == ["sym_size", "transpose", "reshape"]
+    assert left(lambda self, x: x.transpose(1, 2).contiguous().view(x.shape[0], -1)) == [
+        "sym_size",
+        "transpose",
+        "reshape",
+    ]

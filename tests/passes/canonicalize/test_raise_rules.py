@@ -58,7 +58,10 @@ def test_norms(body: Any, printed: str) -> None:
         (lambda self, x: self.w * normalise(x.float()).to(x.dtype), torch.bfloat16),
         (lambda self, x: (self.w.float() * normalise(x.float())).to(x.dtype), torch.bfloat16),
         (lambda self, x: (normalise(x.float()) * (1.0 + self.w.float())).type_as(x), torch.float16),
-        (lambda self, x: self.w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True) + 1e-6)).to(x.dtype), torch.float16),
+        (
+            lambda self, x: self.w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True) + 1e-6)).to(x.dtype),
+            torch.float16,
+        ),
     ],
 )
 def test_norms_with_casts_around_them(body: Any, dtype: torch.dtype) -> None:
@@ -70,7 +73,9 @@ def test_norms_with_casts_around_them(body: Any, dtype: torch.dtype) -> None:
 
 
 def test_a_norm_that_stays_wide_stays_wide() -> None:
-    ops, _, program = check(One(lambda self, x: normalise(x.float()) * self.w.float(), w=parameter(8, dtype=torch.float16)), X.half())
+    ops, _, program = check(
+        One(lambda self, x: normalise(x.float()) * self.w.float(), w=parameter(8, dtype=torch.float16)), X.half()
+    )
     assert len(ops) == 1
     assert "f32[B,T,8] = skink.rms_norm(" in str(program)
 
@@ -265,7 +270,10 @@ def test_transposed_linear() -> None:
     ("body", "reason"),
     [
         (lambda self, x, y: conv1d(self, x, y) + self.w.sum(), "the factor is not a weight of this call alone"),
-        (lambda self, x, y: conv1d(One(None, w=self.w * 2, b=self.b), x, y), "the factor is not a weight of this call alone"),
+        (
+            lambda self, x, y: conv1d(One(None, w=self.w * 2, b=self.b), x, y),
+            "the factor is not a weight of this call alone",
+        ),
         (
             lambda self, x, y: torch.addmm(self.b, x.view(-1, 8), self.w).view(x.shape[0], -1),
             "the result does not have the input's leading dims",

@@ -1,0 +1,58 @@
+"""The environment: read in one place, with values checked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import skink
+from skink.errors import OptionError
+from skink.settings import Settings, settings
+
+PACKAGE = Path(skink.__file__).parent
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch, set_environment: Callable[..., None]) -> None:
+    for name in ("SKINK_VERIFY", "SKINK_DUMP", "SKINK_INSTRUCTION_SET", "SKINK_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    set_environment()
+    assert settings() == Settings()
+
+
+def test_variables(set_environment: Callable[..., None]) -> None:
+    set_environment(SKINK_VERIFY="1", SKINK_DUMP="a/b", SKINK_INSTRUCTION_SET="avx2", SKINK_KERNELS="reference")
+    found = settings()
+    assert (found.verify, found.dump) == (1, Path("a/b"))
+    assert (found.instruction_set, found.kernels) == ("avx2", "reference")
+
+
+def test_empty_variables_are_unset(set_environment: Callable[..., None]) -> None:
+    set_environment(SKINK_VERIFY="", SKINK_DUMP="", SKINK_INSTRUCTION_SET="", SKINK_KERNELS="")
+    assert settings() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fix"),
+    [
+        ("SKINK_VERIFY", "3", "valid: 0, 1, 2."),
+        ("SKINK_VERIFY", "yes", "valid: 0, 1, 2."),
+        ("SKINK_KERNELS", "referense", "did you mean 'reference'? valid: auto, reference."),
+    ],
+)
+def test_wrong_values_are_refused(set_environment: Callable[..., None], variable: str, value: str, fix: str) -> None:
+    set_environment(**{variable: value})
+    with pytest.raises(
+        OptionError, match=rf"\[OPTION-002\] the environment variable {variable} is '{value}'"
+    ) as caught:
+        settings()
+    assert caught.value.fix == fix
+
+
+def test_the_environment_is_read_nowhere_else() -> None:
+    readers = [
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "assets" not in path.parts
+        and any(word in path.read_text() for word in ("os.environ", "getenv", "os.putenv"))
+    ]
+    assert readers == ["settings.py"]
