@@ -120,7 +120,7 @@ def compress_to_folder(
             progress=progress,
         )
         done.program.origin["name"] = name
-        save(done.program.with_dtype(stored), source.config, source.generation_config, tokenizer, folder)
+        save(done.program.with_dtype(stored), source.config, source.generation_config, tokenizer, folder, name=out.name)
         (folder / "recipe.yaml").write_text(loaded_recipe.to_yaml(), encoding="utf-8")
         notes = [] if held_out is not None else ["No held-out text was given: perplexity was not measured."]
         runtime: GenerationTarget[Any] | None = None

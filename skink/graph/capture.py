@@ -11,7 +11,9 @@ import re
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +203,8 @@ def _capture(subject: Subject) -> Program:
         for entry in subject.inputs
     }
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # On failure torch.export prints the graph so far, which says less than the error does.
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(StringIO()):
             # torch 2.13 copies its own deprecated objects.
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             exported = torch.export.export(

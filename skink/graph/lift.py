@@ -33,7 +33,7 @@ def lift(exported: ExportedProgram, subject: "Subject") -> Program:
     originals = _original_tensors(subject.model)
     buffers: set[str] = set()
     values: dict[fx.Node, Any] = {}
-    reference: fx.Node | None = None
+    trained: list[fx.Node] = []
 
     signature = {spec.arg.name: spec for spec in exported.graph_signature.input_specs if hasattr(spec.arg, "name")}
     weights: dict[str, fx.Node] = {}
@@ -60,14 +60,16 @@ def lift(exported: ExportedProgram, subject: "Subject") -> Program:
             if is_buffer or not tensor.is_floating_point():
                 buffers.add(name)
             weights[name] = graph.get_attr(name)
-            if reference is None and spec.kind is InputKind.PARAMETER and tensor.is_floating_point():
-                reference = weights[name]
+            if spec.kind is InputKind.PARAMETER and tensor.is_floating_point():
+                trained.append(weights[name])
         values[old] = weights[name]
 
     _copy_nodes(exported.graph_module, graph, values, root, buffers, subject.prefix)
     kept = [values[node] for node in _results(exported, subject)]
     graph.output(tuple(kept))
-    if subject.cast is not None and reference is not None:
+    if subject.cast is not None and trained:
+        # A weight that no linear layer reads: passes replace those that one does.
+        reference = min(trained, key=lambda node: any(user.target is aten.linear.default for user in node.users))
         _make_casts_follow_the_weights(graph, subject.cast, reference)
     _check_names(node.target for node in graph.nodes if node.op == "get_attr")
     graph.eliminate_dead_code()

@@ -40,7 +40,7 @@ def derive_step(program: Program) -> Program:
             op cannot be stepped, or where positions are counted in the graph.
     """
     stepped = program.clone()
-    propagate(stepped)
+    shape_context(stepped)
     rewriter = Rewriter(stepped, "derive-step")
     owners = [
         (node, op) for node in stepped.graph.nodes if (op := find_op(node.target)) is not None and op.state is not None

@@ -241,8 +241,18 @@ def _override(recipe: Recipe, key: str, value: Any) -> Recipe:
             f"{key!r} names no pass of this recipe.",
             fix="write pass.option=value; " + suggest(name, names),
         )
-    passes = tuple(
-        type(entry).from_options({**entry.options(), option: value}) if entry.name == name else entry
-        for entry in recipe.passes
-    )
-    return replace(recipe, passes=passes)
+    passes = tuple(_with_option(entry, name, option, value) for entry in recipe.passes)
+    before = {entry.name: entry.options().get(option) for entry in recipe.passes}
+
+    # What is compared differs from the recipe in what it says, and in nothing else: an option that was the same there
+    # stays the same.
+    def changed(entry: Pass) -> Pass:
+        same = entry.name == name and entry.options().get(option) == before[name]
+        return _with_option(entry, name, option, value) if same else entry
+
+    compare = tuple(", ".join(str(changed(entry)) for entry in parse_passes(text)) for text in recipe.compare)
+    return replace(recipe, passes=passes, compare=compare)
+
+
+def _with_option(entry: Pass, name: str, option: str, value: Any) -> Pass:
+    return type(entry).from_options({**entry.options(), option: value}) if entry.name == name else entry

@@ -1,11 +1,14 @@
 """What a program costs, against counts by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from skink.graph.capture import capture
 from skink.graph.cost import program_cost
+from tests.graph.test_state_law import decoder
 from tests.models import tiny
 from tests.modules import One, Two
 from tests.programs import canonical
@@ -34,9 +37,9 @@ def test_tied_weights_count_once_and_are_no_linear_layer_of_their_own() -> None:
 
 
 def test_windows_bound_the_keys() -> None:
-    program = canonical("gemma2")  # one layer with a window of 5, one without
-    difference = program_cost(program, context=1000).macs_per_token - program_cost(program, context=100).macs_per_token
-    assert difference == 4 * 900 * 32
+    full, _ = decoder((0, 5), 0.0, False)  # 4 query heads of 2 features, without a window and with one
+    work = [program_cost(full, context=context).macs_per_token for context in (3, 5, 100, 1000)]
+    assert [after - before for before, after in pairwise(work)] == [2 * 4 * 2 * 4, 95 * 4 * 4, 900 * 4 * 4]
 
 
 def test_products_that_are_not_linear_layers() -> None:

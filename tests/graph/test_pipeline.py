@@ -166,7 +166,7 @@ def test_an_exact_pass_that_changes_numbers_is_caught() -> None:
 def test_an_exact_pass_answers_for_its_own_change_only() -> None:
     passes = (Canonicalize(), Approximate(factor=1.5), Change())
     assert Pipeline(passes).run(program()).passes[2].numbers.largest == pytest.approx(0.5)
-    with pytest.raises(VerifyError, match="VERIFY-002.*pass change"):
+    with pytest.raises(VerifyError, match=r"VERIFY-002.*pass change"):
         Pipeline((*passes[:2], Change(factor=1.01))).run(program())
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from skink.errors import GraphError, SkinkError
+from skink.errors import GraphError
 from skink.graph.capture import capture
-from skink.graph.program import Program
 from skink.graph.serialization import FORMAT, load_graph, program_from_json, program_to_json
 from skink.graph.state import derive_step
 from skink.passes.lower import lower
+from tests.graph.test_state_law import decoder
 from tests.modules import One, small_program
 from tests.programs import batch, canonical
 
@@ -30,8 +30,9 @@ def valid() -> dict[str, Any]:
     return data
 
 
-def test_round_trip_of_every_family(family: str) -> None:
-    for program in (canonical(family), derive_step(canonical(family))):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_round_trip(name: str) -> None:
+    for program in (canonical(name), derive_step(canonical(name))):
         text = json.dumps(program_to_json(program))
         loaded = load_graph(text, dict(program.weights()))
         assert str(loaded) == str(program)
@@ -39,7 +40,7 @@ def test_round_trip_of_every_family(family: str) -> None:
         for field in ("inputs", "outputs", "buffers", "aliases", "any_dtype", "stage", "state", "origin"):
             assert getattr(loaded, field) == getattr(program, field)
     inputs = batch(2, 7, padding=2)
-    program = canonical(family)
+    program = canonical(name)
     loaded = load_graph(json.dumps(program_to_json(program)), dict(program.weights()))
     assert torch.equal(loaded(*inputs)[0], program(*inputs)[0])
 
@@ -198,7 +199,7 @@ def mutate(value: Any, rng: random.Random) -> Any:
 
 @pytest.mark.parametrize(("source", "count"), [("layers", 300), ("stepped", 40)])
 def test_damaged_files_load_or_are_refused(source: str, count: int) -> None:
-    data = valid() if source == "layers" else json.loads(json.dumps(program_to_json(derive_step(canonical("gemma2")))))
+    data = valid() if source == "layers" else json.loads(json.dumps(program_to_json(decoder((0, 3), 0.0, True)[1])))
     refused = 0
     for seed in range(count):
         rng = random.Random(seed)
@@ -206,12 +207,9 @@ def test_damaged_files_load_or_are_refused(source: str, count: int) -> None:
         for _ in range(rng.choice([1, 1, 3])):
             damaged = mutate(damaged, rng)
         try:
-            loaded = load_graph(json.dumps(damaged))
-        except SkinkError as error:
-            assert error.code == "GRAPH-001"
+            load_graph(json.dumps(damaged))
+        except GraphError:
             refused += 1
-        else:
-            assert isinstance(loaded, Program)
     assert count // 4 < refused < count
 
 

@@ -2,9 +2,11 @@
 
 import os
 from copy import deepcopy
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from skink.export.huggingface.card import CARD_FILE, card_text
 from skink.export.huggingface.config import SkinkConfig
 from skink.export.huggingface.modeling import SkinkForCausalLM
 from skink.graph.program import Program
@@ -50,6 +52,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
     *,
+    name: str = "",
     max_shard_size: str = "5GB",
 ) -> None:
     """Write the folder that `skink.load` reads: configuration, graph, safetensors, tokenizer and model card.
@@ -60,9 +63,14 @@ def save(
         generation_config: as in `to_huggingface`.
         tokenizer: written too, where given.
         folder: made where it does not exist.
+        name: what the model card calls it; the folder's name by default.
         max_shard_size: weights beyond this go into several files.
     """
     model = to_huggingface(program, config, generation_config, copy=False)
+    if name:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CARD_FILE).write_text(card_text(name, model.config), encoding="utf-8")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -39,7 +39,7 @@ def test_it_casts_the_same_whatever_dtype_the_weights_have() -> None:
     inputs = batch(2, 7, padding=2)
     wide = program(*inputs)[0]
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        for name, weight in list(program.weights()):
+        for name in dict(program.weights()):
             if name not in program.buffers:
                 program.set_weight(name, canonical("gemma2").weight(name).to(dtype))
         found = program(*inputs)[0]
