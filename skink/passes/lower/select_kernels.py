@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from skink.graph.program import Program, Stage
-from skink.graph.propagate import ShapeContext, evaluate, shape_context
+from skink.graph.propagate import ShapeContext, evaluate, refresh
 from skink.graph.rewriter import describe
 from skink.kernels import OpCall, find_op
 
@@ -44,7 +44,7 @@ def lower(
     lowered = program.clone()
     values: dict[fx.Node, Any]
     if dtype is None or dtype is program.dtype:
-        shape_context(lowered)
+        refresh(lowered)
         values = {node: node.meta["val"] for node in lowered.graph.nodes if "val" in node.meta}
     else:
         values = evaluate(lowered, ShapeContext(lowered), weights_as=dtype)

@@ -99,6 +99,16 @@ def test_kernels_know_the_dtype_and_device_to_come() -> None:
     assert choices[0].refused == (("cpp", "runs on cpu, not on cuda"),)
 
 
+def test_weights_replaced_since_capture_are_noticed() -> None:
+    program = canonical("llama")
+    for name, weight in list(program.weights()):
+        program.set_weight(name, weight.double(), buffer=name in program.buffers)
+    lowered, choices = lower(program)
+    assert not [choice for choice in choices if choice.kernel == "cpp"]
+    inputs = batch(1, 3)
+    assert lowered(*inputs)[0].dtype is torch.float64
+
+
 def test_the_environment_can_ask_for_references(set_environment: Any) -> None:
     set_environment(SKINK_KERNELS="reference")
     _, choices = lower(canonical("llama"))

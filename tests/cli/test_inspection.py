@@ -1,0 +1,44 @@
+"""What `skink inspect` says of a program, against what the model's configuration and weights say."""
+
+import pytest
+
+from skink.cli.inspection import inspect_program
+from skink.graph.capture import capture
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    return inspect_program(capture(tiny("mistral")), context=32)
+
+
+def test_each_layer_has_its_attention_norms_and_linears(mistral) -> None:
+    config = tiny("mistral").config
+    named = [layer for layer in mistral.layers if layer.name]
+    assert [layer.name for layer in named] == ["model.layers.0", "model.layers.1"]
+    for layer in named:
+        (attention,) = layer.attention
+        assert attention.heads == config.num_attention_heads
+        assert attention.kv_heads == config.num_key_value_heads
+        assert attention.window == config.sliding_window
+        assert [norm.kind for norm in layer.norms] == ["rms_norm", "rms_norm"]
+        assert len(layer.linear) == 7
+
+
+def test_parameters_add_up_to_the_models(mistral) -> None:
+    expected = sum(parameter.numel() for parameter in tiny("mistral").parameters())
+    assert sum(layer.parameters for layer in mistral.layers) == expected
+    assert mistral.cost.parameters == expected
+
+
+def test_a_window_is_a_ring_of_one_less(mistral) -> None:
+    states = [state for layer in mistral.layers for state in layer.state]
+    assert {state.growth for state in states} == {"ring"}
+    assert {state.limit for state in states} == {tiny("mistral").config.sliding_window - 1}
+
+
+def test_the_captured_program_is_left_alone() -> None:
+    program = capture(tiny("llama"))
+    before = str(program)
+    inspect_program(program, context=8)
+    assert str(program) == before

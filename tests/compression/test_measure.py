@@ -1,0 +1,89 @@
+"""The report is filled with what was measured, under the settings it was measured with."""
+
+import pytest
+import torch
+
+from skink.compression import compress_program
+from skink.compression.measure import Measured, build_report, score
+from skink.compression.texts import Windows
+from skink.evaluation import Speed, Spread
+from skink.graph.cost import program_cost
+from tests.models import VOCABULARY, tiny
+
+
+def windows(count: int = 4, length: int = 16) -> Windows:
+    tokens = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(3))
+    return Windows(tokens, "random tokens", "f" * 64)
+
+
+@pytest.fixture(scope="module")
+def done():
+    return compress_program(tiny("llama"), "low-rank{keep=0.5}", calibration=windows().tokens)
+
+
+def speed(decode: float) -> Speed:
+    one = Spread(1.0, 1.0, 1.0)
+    rate = Spread(decode, decode / 2, decode * 2)
+    return Speed(rate, rate, Spread(0.25, 0.2, 0.3), one, Spread(1.5, 1.4, 1.6), "source", 1, 8, 4, 3, 0)
+
+
+def report(done, **changes):
+    forms = {
+        "source": Measured(program_cost(done.dense), score(tiny("llama"), windows()), speed(100.0)),
+        "result": Measured(program_cost(done.program)),
+    }
+    comparisons = {"other": forms["source"]}
+    options = {"name": "tiny", "calibration": windows(), "seed": 5, "dtype": "float32", "notes": ["a note"]}
+    return build_report(done, forms, comparisons, **(options | changes))
+
+
+def test_sizes_are_those_of_the_programs(done) -> None:
+    source, result = report(done).forms
+    assert source.parameters == sum(parameter.numel() for parameter in tiny("llama").parameters())
+    saved = sum(layer.parameters_before - layer.parameters_after for layer in done.result.layers)
+    assert source.parameters - result.parameters == saved
+    assert result.macs_per_token < source.macs_per_token
+
+
+def test_perplexity_comes_with_its_settings(done) -> None:
+    source, result = report(done).forms
+    with torch.no_grad():
+        ids = windows().tokens
+        logits = tiny("llama")(input_ids=ids).logits.double()
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert source.perplexity is not None
+    assert source.perplexity.nats == pytest.approx(float(nats), rel=1e-5)
+    assert source.perplexity.settings["source"] == "random tokens"
+    assert source.perplexity.settings["data_hash"] == "f" * 12
+    assert source.perplexity.settings["windows"] == 4
+    assert None not in source.perplexity.settings.values()
+    assert result.perplexity is None
+
+
+def test_speed_keeps_its_range_and_its_paired_ratios(done) -> None:
+    measured = report(done).forms[0].speed
+    assert measured is not None
+    assert (measured.decode.median, measured.decode.min, measured.decode.max) == (100.0, 50.0, 200.0)
+    assert measured.decode_ratio == 1.5
+    assert measured.first_token_ms == 250.0
+    assert measured.settings == {"batch": 1, "prompt": 8, "new_tokens": 4, "rounds": 3, "seed": 0}
+
+
+def test_passes_and_layers_are_written_down(done) -> None:
+    written = report(done)
+    assert [entry.name for entry in written.passes] == ["canonicalize", "low-rank"]
+    assert written.passes[1].options == "keep=0.5"
+    assert written.passes[1].error == pytest.approx(done.result.passes[1].numbers.relative)
+    assert [layer.name for layer in written.layers] == [layer.name for layer in done.result.layers]
+    assert "keep=0.5,method=whitened" in written.title
+    assert written.notes == ["a note"]
+
+
+def test_a_comparison_is_a_ratio_to_the_first_form(done) -> None:
+    (row,) = report(done).comparisons
+    assert row.ratio_to_dense == 1.0
+    assert row.keep == 1.0
+
+
+def test_without_calibration_there_is_none_in_the_report(done) -> None:
+    assert report(done, calibration=None).calibration is None
