@@ -17,6 +17,7 @@ from skink.compression.measure import (
     SpeedOptions,
     build_report,
     score,
+    speed_notes,
 )
 from skink.compression.texts import (
     STANDARD_LIBRARY,
@@ -138,7 +139,7 @@ def compress_to_folder(
             calibration=calibration,
             seed=options.seed,
             dtype=str(stored).removeprefix("torch."),
-            notes=notes,
+            notes=[*notes, *(speed_notes(forms) if loaded_recipe.passes else [])],
         )
         write_report(report, folder)
     return report
@@ -158,7 +159,7 @@ def _write_onnx(
         generation_config=source.generation_config,
     )
     progress("onnx", 1, 1)
-    runner: GenerationTarget[Any] = OrtRunner(folder)
+    runner: GenerationTarget[Any] = OrtRunner(folder, threads=torch.get_num_threads())
     return runner
 
 

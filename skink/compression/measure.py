@@ -56,6 +56,24 @@ def score(model: Any, windows: Windows) -> MeasuredPerplexity:
     return MeasuredPerplexity(**{**asdict(measured), "source": windows.source, "data_hash": windows.sha256})
 
 
+def speed_notes(forms: Mapping[str, Measured]) -> list[str]:
+    """What the recipe did to speed, said plainly: against the same form without it, so that form's gain is left out."""
+    before, after = forms[DENSE].speed, forms[RESULT].speed
+    if before is None or after is None:
+        return []
+    notes = []
+    for what, old, new in (("decode", before.decode, after.decode), ("prefill", before.prefill, after.prefill)):
+        ratio = new.median / old.median
+        if new.low > old.high:
+            notes.append(f"{what}: the recipe makes it {ratio:.2f} times as fast as the same form without it.")
+        elif new.high < old.low:
+            notes.append(f"{what}: the recipe gives no speed-up here, it is {ratio:.2f} times as fast as without it.")
+        else:
+            noise = f"({ratio:.2f}, with ranges that overlap)"
+            notes.append(f"{what}: no speed-up from the recipe can be told from noise here {noise}.")
+    return notes
+
+
 def build_report(
     done: Compression,
     forms: Mapping[str, Measured],

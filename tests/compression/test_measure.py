@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skink.compression import compress_program
-from skink.compression.measure import Measured, build_report, score
+from skink.compression.measure import DENSE, RESULT, Measured, build_report, score, speed_notes
 from skink.compression.texts import Windows
 from skink.evaluation import Speed, Spread
 from skink.graph.cost import program_cost
@@ -87,3 +87,25 @@ def test_a_comparison_is_a_ratio_to_the_first_form(done) -> None:
 
 def test_without_calibration_there_is_none_in_the_report(done) -> None:
     assert report(done, calibration=None).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (500.0, "the recipe makes it 5.00 times as fast"),
+        (20.0, "the recipe gives no speed-up here, it is 0.20 times as fast"),
+        (120.0, "no speed-up from the recipe can be told from noise here (1.20, with ranges that overlap)"),
+    ],
+)
+def test_notes_say_whether_the_recipe_made_it_faster(done, after: float, said: str) -> None:
+    cost = program_cost(done.dense)
+    forms = {DENSE: Measured(cost, None, speed(100.0)), RESULT: Measured(cost, None, speed(after))}
+    decode, prefill = speed_notes(forms)
+    assert said in decode
+    assert decode.startswith("decode: ")
+    assert prefill.startswith("prefill: ")
+
+
+def test_without_speed_nothing_is_said_of_it(done) -> None:
+    cost = program_cost(done.dense)
+    assert speed_notes({DENSE: Measured(cost), RESULT: Measured(cost)}) == []

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from skink.graph.serialization import FORMAT, load_graph, program_from_json, pro
 from skink.graph.state import derive_step
 from skink.passes.lower import lower
 from tests.graph.test_state_law import decoder
-from tests.modules import One, small_program
+from tests.modules import One
 from tests.programs import batch, canonical
 
 X = torch.randn(2, 3, 4)
@@ -56,14 +54,6 @@ def test_arguments_of_every_kind() -> None:
     loaded = load_graph(json.dumps(program_to_json(program)))
     assert str(loaded) == str(program)
     assert torch.equal(loaded(X)[0], program(X)[0])
-
-
-def test_the_text_is_the_same_in_another_process() -> None:
-    code = "import json; from tests.modules import small_program as s; "
-    code += "from skink.graph.serialization import program_to_json as p; print(json.dumps(p(s())))"
-    folder = Path(__file__).parents[2]
-    text = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
-    assert text.strip() == json.dumps(program_to_json(small_program()))
 
 
 def test_weights_that_are_not_given_are_meta() -> None:

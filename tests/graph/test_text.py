@@ -1,5 +1,6 @@
 """The printer: what golden tests compare."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from skink.graph.capture import capture
 from skink.graph.rewriter import Rewriter
+from skink.graph.serialization import program_to_json
 from skink.graph.text import print_program
 from skink.passes.lower import lower
 from tests.modules import Two, small_program
@@ -34,12 +36,19 @@ def test_golden_text() -> None:
     assert print_program(small_program(), weights=True) == EXPECTED
 
 
-def test_the_text_is_the_same_in_another_process() -> None:
-    code = "from tests.modules import small_program; from skink.graph.text import print_program as p; "
-    code += "print(p(small_program(), weights=True))"
+def test_text_and_file_are_the_same_in_another_process() -> None:
+    code = """
+import json
+from skink.graph.serialization import program_to_json
+from skink.graph.serialization import program_to_json
+from skink.graph.text import print_program
+from tests.modules import small_program
+program = small_program()
+print(print_program(program, weights=True), json.dumps(program_to_json(program)), sep="\\n")
+"""
     folder = Path(__file__).parents[2]
     text = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
-    assert text.strip() == EXPECTED
+    assert text == f"{EXPECTED}\n{json.dumps(program_to_json(small_program()))}\n"
 
 
 def test_rules_are_named_at_the_end_of_a_line() -> None:

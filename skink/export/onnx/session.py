@@ -45,6 +45,8 @@ class OrtGraph:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Its threads wait for more work by spinning, and would take the cores from whatever runs after a step.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         self.providers = list(providers or ["CPUExecutionProvider"])
