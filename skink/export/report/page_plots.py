@@ -44,7 +44,7 @@ def comparison_plot(rows: Sequence[Comparison]) -> Markup:
     for row in rows:
         added = math.log(row.ratio_to_dense) if row.ratio_to_dense > 0 else math.nan
         sign = "+" if added >= 0 else ""
-        drawn.append(Bar(f"{row.name}, keep {row.keep:g}", added, f"{sign}{fmt.plain(added, 3)}", series=_OURS))
+        drawn.append(Bar(row.name, added, f"{sign}{fmt.plain(added, 3)}", series=_OURS))
     title = "Loss added, nats per token"
     return _figure(title, bars("methods", title, _spoken(drawn), drawn), "The logarithm of the ratio to dense.")
 
