@@ -139,8 +139,9 @@ def test_meta_weights() -> None:
 
 
 MEMORY = """
-import resource, torch
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from skink.evaluation import peak_memory
 from skink.graph.capture import capture
 from skink.graph.pipeline import Pipeline
 from skink.passes.canonicalize import Canonicalize
@@ -148,7 +149,7 @@ with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2))
 program = capture(model)
 Pipeline((Canonicalize(),)).run(program)
-print(sum(weight.nbytes for _, weight in program.weights()), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(sum(weight.nbytes for _, weight in program.weights()), peak_memory())
 """
 
 
