@@ -43,6 +43,8 @@ def classify_mask(mask_function: Callable[..., Any]) -> tuple[bool, int] | None:
     try:
         seen = torch.as_tensor(mask_function(zero, zero, query, key)).expand(len(positions), len(positions))
     except Exception:
+        # It indexes tensors of the model's own inputs by these positions, in ways that no type of error is sure for: a
+        # mask that depends on them is none of our kinds, and the caller says so.
         return None
     if isinstance(seen, FakeTensor):
         return None  # it depends on the inputs
