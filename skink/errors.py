@@ -11,19 +11,25 @@ CODES: dict[str, str] = {
     "CAPTURE-001": "two example inputs share memory",
     "CAPTURE-002": "torch.export could not capture the model",
     "CAPTURE-003": "an attention mask of a kind that Skink does not know",
-    "CAPTURE-004": "the model is not a causal language model that takes token ids",
+    "CAPTURE-004": "the model is neither a decoder nor an encoder that takes token ids",
     "CAPTURE-005": "example inputs do not fit the model or the named dims",
+    "CAPTURE-006": "a model that draws random numbers",
     "GRAPH-001": "a serialized graph is damaged, too new, or names an operator that is not allowed",
     "GRAPH-002": "a program was run with weights that live on the meta device",
+    "GRAPH-003": "a program was called with inputs that are not its own",
     "OPTION-001": "an unknown option",
     "OPTION-002": "an option out of its range",
     "OPTION-003": "an option of the wrong type",
     "RECIPE-001": "an unknown pass",
     "RECIPE-002": "a recipe that cannot be read",
     "RECIPE-003": "a pass that needs a stage which the one before it does not leave",
+    "REWRITE-001": "rules that undo each other without end",
     "VERIFY-001": "a graph that breaks the rules of its stage after a pass",
     "VERIFY-002": "numbers changed by a pass that promised not to change them",
+    "BISECT-001": "nothing to bisect: a check that fails without edits, or passes with all of them",
+    "REPRO-001": "a reproducer folder that cannot be read, or whose passes are not here",
     "STATE-001": "an operator that mixes tokens in a way Skink cannot step",
+    "STATE-002": "an operator that mixes tokens, or is not known not to, and declares no state",
     "CALIBRATION-001": "calibration text that gives no tokens, or too few",
     "CALIBRATION-002": "calibration needed and none given",
     "CALIBRATION-003": "calibration statistics that are not finite",
@@ -96,8 +102,20 @@ class RecipeError(SkinkError, ValueError):
     """A recipe that cannot be read or ordered."""
 
 
+class RewriteError(SkinkError):
+    """Rules that cannot be applied to the end."""
+
+
 class VerifyError(SkinkError):
     """A pass left a graph that is not legal, or changed numbers it should not change."""
+
+
+class BisectError(SkinkError):
+    """A failure that no search among edits can find."""
+
+
+class ReproducerError(SkinkError):
+    """A reproducer folder that cannot be used."""
 
 
 class StateError(SkinkError):

@@ -14,8 +14,13 @@ class Settings:
     """What the environment may set.
 
     Args:
-        verify: 0 off; 1 structure and shapes after each pass; 2 numbers too. `SKINK_VERIFY`, default 2.
-        dump: folder for the text of every program that a pass changed. `SKINK_DUMP`, default none.
+        verify: 0 off; 1 structure and shapes after each pass; 2 numbers too; 3 numbers after every single edit.
+            `SKINK_VERIFY`, default 2.
+        dump: folder for the text of every program that a pass changed, for the log of edits, and for reproducers.
+            `SKINK_DUMP`, default none.
+        rewrite_limit: the most edits that pipelines make to a program. `SKINK_REWRITE_LIMIT`, default none.
+        trace_match: a rule's name, or how it begins: how far that rule's pattern matched is logged.
+            `SKINK_TRACE_MATCH`, default none.
         instruction_set: forces one instruction set of the C++ kernels (`baseline`, `avx2`, `avx512`), for tests and
             comparisons. `SKINK_INSTRUCTION_SET`, default the best that the processor has.
         kernels: `auto` uses the C++ kernels where they are built, `reference` never does. `SKINK_KERNELS`.
@@ -23,6 +28,8 @@ class Settings:
 
     verify: int = 2
     dump: Path | None = None
+    rewrite_limit: int | None = None
+    trace_match: str = ""
     instruction_set: str = ""
     kernels: str = "auto"
 
@@ -36,8 +43,10 @@ def settings() -> Settings:
     """
     dump = os.environ.get("SKINK_DUMP", "")
     return Settings(
-        verify=int(_choice("SKINK_VERIFY", "2", ("0", "1", "2"))),
+        verify=int(_choice("SKINK_VERIFY", "2", ("0", "1", "2", "3"))),
         dump=Path(dump) if dump else None,
+        rewrite_limit=_number("SKINK_REWRITE_LIMIT"),
+        trace_match=os.environ.get("SKINK_TRACE_MATCH", ""),
         # Which sets there are, the compiled library knows.
         instruction_set=os.environ.get("SKINK_INSTRUCTION_SET", ""),
         kernels=_choice("SKINK_KERNELS", "auto", ("auto", "reference")),
@@ -53,3 +62,16 @@ def _choice(variable: str, default: str, valid: Sequence[str]) -> str:
             fix=suggest(value, valid),
         )
     return value
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable, "")
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit()):
+        raise OptionError(
+            "OPTION-002",
+            f"the environment variable {variable} is {value!r}, not a number from 0 on.",
+            fix="give digits.",
+        )
+    return int(value)

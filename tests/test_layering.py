@@ -102,3 +102,24 @@ def test_public_names_are_there() -> None:
     assert dir(skink) == skink.__all__
     with pytest.raises(AttributeError, match="module 'skink' has no attribute 'no_such_name'"):
         skink.no_such_name  # noqa: B018
+
+
+# Who makes graphs: the rewriter, the front ends, state derivation, and what copies or decodes a program.
+MAKERS = (
+    *("rewriter.py", "lift.py", "frontends.py", "state.py", "last_token.py"),
+    *("program.py", "serialization.py", "emit.py"),
+)
+EDITS = {
+    *("call_function", "create_node", "erase_node", "replace_all_uses_with"),
+    *("replace_input_with", "update_arg", "update_kwarg", "eliminate_dead_code"),
+}
+
+
+@pytest.mark.parametrize("layer", ["graph", "passes"])
+def test_only_the_rewriter_edits_graphs(layer: str) -> None:
+    for path in sorted((PACKAGE / layer).rglob("*.py")):
+        if path.name in MAKERS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in EDITS, f"{path.name}:{node.lineno} edits a graph past the Rewriter"

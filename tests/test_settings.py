@@ -10,10 +10,18 @@ from skink.errors import OptionError
 from skink.settings import Settings, settings
 
 PACKAGE = Path(skink.__file__).parent
+VARIABLES = (
+    "SKINK_VERIFY",
+    "SKINK_DUMP",
+    "SKINK_REWRITE_LIMIT",
+    "SKINK_TRACE_MATCH",
+    "SKINK_INSTRUCTION_SET",
+    "SKINK_KERNELS",
+)
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch, set_environment: Callable[..., None]) -> None:
-    for name in ("SKINK_VERIFY", "SKINK_DUMP", "SKINK_INSTRUCTION_SET", "SKINK_KERNELS"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     set_environment()
     assert settings() == Settings()
@@ -21,21 +29,25 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, set_environment: Callable[...
 
 def test_variables(set_environment: Callable[..., None]) -> None:
     set_environment(SKINK_VERIFY="1", SKINK_DUMP="a/b", SKINK_INSTRUCTION_SET="avx2", SKINK_KERNELS="reference")
+    set_environment(SKINK_REWRITE_LIMIT="12", SKINK_TRACE_MATCH="raise-")
     found = settings()
     assert (found.verify, found.dump) == (1, Path("a/b"))
+    assert (found.rewrite_limit, found.trace_match) == (12, "raise-")
     assert (found.instruction_set, found.kernels) == ("avx2", "reference")
 
 
 def test_empty_variables_are_unset(set_environment: Callable[..., None]) -> None:
-    set_environment(SKINK_VERIFY="", SKINK_DUMP="", SKINK_INSTRUCTION_SET="", SKINK_KERNELS="")
+    set_environment(**dict.fromkeys(VARIABLES, ""))
     assert settings() == Settings()
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "fix"),
     [
-        ("SKINK_VERIFY", "3", "valid: 0, 1, 2."),
-        ("SKINK_VERIFY", "yes", "valid: 0, 1, 2."),
+        ("SKINK_VERIFY", "4", "valid: 0, 1, 2, 3."),
+        ("SKINK_VERIFY", "yes", "valid: 0, 1, 2, 3."),
+        ("SKINK_REWRITE_LIMIT", "-1", "give digits."),
+        ("SKINK_REWRITE_LIMIT", "ten", "give digits."),
         ("SKINK_KERNELS", "referense", "did you mean 'reference'? valid: auto, reference."),
     ],
 )
@@ -56,3 +68,8 @@ def test_the_environment_is_read_nowhere_else() -> None:
         and any(word in path.read_text() for word in ("os.environ", "getenv", "os.putenv"))
     ]
     assert readers == ["settings.py"]
+
+
+def test_no_limit_and_a_limit_of_nothing_differ(set_environment: Callable[..., None]) -> None:
+    set_environment(SKINK_REWRITE_LIMIT="0")
+    assert settings().rewrite_limit == 0

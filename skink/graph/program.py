@@ -4,9 +4,10 @@ A program is functional: every tensor is an input, a weight or the result of a n
 is remembered between calls. It runs in eager at every stage.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,7 +66,18 @@ class StateInput:
 
 @dataclass(frozen=True)
 class Edit:
-    """One rewrite, as the log keeps it."""
+    """One rewrite, as the log keeps it.
+
+    Args:
+        index: its place among all edits of the program; what a limit counts and `skink bisect` finds.
+        pass_name: the pass that made it.
+        rule: the rule that made it.
+        node: name of the node that went, or that changed.
+        qualified_name: the module that the node came from.
+        detail: more about it, in the words of the rule.
+        source: file and line that the node came from.
+        error: how much the program's results differ from the captured model's after it, where that was measured.
+    """
 
     index: int
     pass_name: str
@@ -73,6 +85,8 @@ class Edit:
     node: str
     qualified_name: str
     detail: str = ""
+    source: str = ""
+    error: float | None = None
 
 
 @dataclass
@@ -89,7 +103,8 @@ class Program:
         stage: see `Stage`.
         state: tensors carried from step to step, for a stepped program.
         edits: every rewrite so far.
-        origin: where it came from (`model_type`, `config`, `name`, versions), plain JSON values.
+        origin: where it came from (`model_type`, `config`, `name`, versions), plain JSON values; `longest` holds the
+            largest sizes of dims that the model has tables for, where its tables bound them.
     """
 
     graph_module: fx.GraphModule
@@ -158,10 +173,11 @@ class Program:
         return any(tensor.is_meta for _, tensor in self.weights())
 
     def __call__(self, *args: Tensor | None, **kwargs: Tensor) -> Any:
-        """Run the graph in eager; inputs by position or by name.
+        """Run the graph in eager; inputs, and a stepped program's state, by position or by name.
 
         Raises:
-            GraphError: GRAPH-002 where weights are on the meta device.
+            GraphError: GRAPH-002 where weights are on the meta device, GRAPH-003 where inputs are missing, unknown or
+                given twice.
         """
         if self.is_meta:
             raise GraphError(
@@ -169,9 +185,30 @@ class Program:
                 "this program's weights are on the meta device: it has shapes but no values to run with.",
                 fix="load the checkpoint with its weights, then capture again.",
             )
-        ordered = [*args, *(kwargs[entry.name] for entry in self.inputs[len(args) :])]
+        self._check_call(len(args), kwargs)
+        ordered = [*args, *(kwargs[name] for name in self._input_names()[len(args) :])]
         with torch.no_grad():
             return self.graph_module(*ordered)
+
+    def _input_names(self) -> list[str]:
+        return [*(entry.name for entry in self.inputs), *(entry.name for entry in self.state)]
+
+    def _check_call(self, positional: int, named: Iterable[str]) -> None:
+        names = self._input_names()
+        rest, given = names[positional:], list(named)
+        wrong = [name for name in given if name not in rest]
+        missing = [name for name in rest if name not in given]
+        if positional > len(names):
+            what = f"{positional} inputs were given to a program that takes {len(names)}."
+        elif wrong:
+            what = (
+                f"the input {wrong[0]!r} was given twice." if wrong[0] in names else f"there is no input {wrong[0]!r}."
+            )
+        elif missing:
+            what = f"the input {missing[0]!r} is missing."
+        else:
+            return
+        raise GraphError("GRAPH-003", what, fix=f"its inputs, in order: {', '.join(names)}.")
 
     def module(self, *, copy: bool = True) -> nn.Module:
         """The model as an `nn.Module` that takes the program's inputs in order.
@@ -205,14 +242,14 @@ class Program:
             origin=dict(self.origin),
         )
 
-    def with_dtype(self, dtype: torch.dtype) -> "Program":
-        """The program with its trained weights in `dtype`; buffers, such as rotary frequencies, keep theirs."""
-        changed = self.clone()
-        for name, tensor in self.weights():
-            if name not in self.buffers and tensor.is_floating_point():
-                changed.set_weight(name, tensor.to(dtype))
-        changed.graph_module.meta.pop("shapes", None)
-        return changed
+    def with_dtype(self, dtype: torch.dtype, *, shapes_only: bool = False) -> "Program":
+        """A copy with its trained weights in `dtype`; buffers, such as rotary frequencies, keep theirs.
+
+        With `shapes_only` its weights are on the meta device, without values.
+        """
+        from skink.graph.dtypes import with_dtype
+
+        return with_dtype(self, dtype, shapes_only=shapes_only)
 
     def __str__(self) -> str:
         from skink.graph.propagate import shape_context
@@ -220,6 +257,16 @@ class Program:
 
         shape_context(self)
         return print_program(self)
+
+
+@cache
+def _taken_names() -> frozenset[str]:
+    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def is_taken(name: str) -> bool:
+    """Whether a weight of this name would lie in an attribute that torch.fx keeps for itself."""
+    return name.partition(".")[0] in _taken_names()
 
 
 def store_weight(root: nn.Module, name: str, tensor: Tensor, *, buffer: bool = False) -> None:

@@ -2,19 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import masking_utils
+from transformers.models.llama import modeling_llama
 
 import skink
 from skink.evaluation import HuggingFaceTarget, text_files
 from skink.export.folder import output_folder
 from skink.export.huggingface import load_source
+from skink.graph.bisect import bisect
 from skink.graph.passes import Context, Pass, PassResult
-from skink.graph.program import Program
+from skink.graph.program import Program, Stage
+from skink.graph.reproducer import read_reproducer
 from skink.graph.rewriter import Rewriter
 from skink.graph.serialization import load_graph
 from skink.graph.state import derive_step
@@ -22,6 +27,7 @@ from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
 from skink.passes.recipe import load_recipe
 from tests.models import build, tiny
+from tests.programs import canonical
 
 aten = torch.ops.aten
 
@@ -51,6 +57,20 @@ class CountedPositions(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.tokens(input_ids) + self.places(attention_mask.cumsum(1))
+
+
+class Noise(nn.Module):
+    """Is another at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class RunningSum(nn.Module):
+    """Mixes tokens, and remembers nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
 
 
 class Plain(nn.Module):
@@ -131,6 +151,11 @@ def _empty_folder() -> None:
     skink.load("notes")
 
 
+def _no_reproducer() -> None:
+    Path("notes").mkdir()
+    read_reproducer(Path("notes"))
+
+
 def _existing_folder() -> None:
     Path("notes").mkdir()
     with output_folder("notes"):
@@ -156,21 +181,25 @@ def _cut_onnx() -> None:
     OrtRunner("broken")
 
 
-def _chunked_mask() -> None:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "head_dim": 8}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layers": [1]}
-    config = AutoConfig.for_model("llama4_text", attention_chunk_size=4, num_local_experts=2, **sizes, **layers)
-    skink.capture(AutoModelForCausalLM.from_config(config))
+def _prefix_mask() -> None:
+    def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key < 2
+
+    with_prefix = partial(masking_utils.create_causal_mask, or_mask_function=prefix)
+    with patch.object(modeling_llama, "create_causal_mask", with_prefix):
+        skink.capture(build("llama"))
 
 
 EXAMPLES: dict[str, Callable[[], object]] = {
     "CAPTURE-001": _shared_memory,
     "CAPTURE-002": lambda: skink.capture(Branch(), (torch.zeros(2, 4, 8),)),
-    "CAPTURE-003": _chunked_mask,
+    "CAPTURE-003": _prefix_mask,
     "CAPTURE-004": lambda: skink.capture(nn.Linear(3, 3)),
     "CAPTURE-005": lambda: skink.capture(Scores(), {"query": torch.zeros(2, 4, 8), "key": [1]}),
+    "CAPTURE-006": lambda: skink.capture(Noise(), (torch.zeros(2, 4, 8),)),
     "GRAPH-001": lambda: load_graph('{"format": 7}'),
     "GRAPH-002": _meta,
+    "GRAPH-003": lambda: skink.capture(tiny("llama"))(*[torch.zeros(1, 2, dtype=torch.int64)] * 3, mask=None),
     "OPTION-001": lambda: load_recipe("low-rank{kep=0.8}"),
     "OPTION-002": lambda: load_recipe("low-rank{keep=1.8}"),
     "OPTION-003": lambda: load_recipe("low-rank{keep=most}"),
@@ -179,7 +208,10 @@ EXAMPLES: dict[str, Callable[[], object]] = {
     "RECIPE-003": lambda: skink.Pipeline((LowRank(),)),
     "VERIFY-001": lambda: _run(ReluInPlace()),
     "VERIFY-002": lambda: _run(HalveLogits()),
+    "BISECT-001": lambda: bisect(canonical("llama"), skink.Pipeline((LowRank(method="plain"),), start=Stage.CANONICAL)),
+    "REPRO-001": _no_reproducer,
     "STATE-001": _counted_positions,
+    "STATE-002": lambda: derive_step(skink.capture(RunningSum(), (torch.zeros(2, 4, 8),))),
     "CALIBRATION-002": lambda: skink.compress(tiny("llama"), "low-rank"),
     "CALIBRATION-003": _not_finite,
     "CALIBRATION-004": lambda: skink.compress(tiny("llama"), "low-rank", calibration=torch.full((2, 8), 200)),

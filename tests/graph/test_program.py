@@ -74,6 +74,23 @@ def test_inputs_by_position_or_by_name() -> None:
     assert subject(x, y)[0].tolist() == subject(x, y=y)[0].tolist() == subject(y=y, x=x)[0].tolist() == [-4.0] * 3
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (1, {}, "'y' is missing"),
+        (1, {"z": None}, "there is no input 'z'"),
+        (2, {"x": None}, "'x' was given twice"),
+        (3, {}, "3 inputs were given to a program that takes 2"),
+        (0, {"y": None}, "'x' is missing"),
+    ],
+)
+def test_inputs_that_are_not_its_own_are_refused(args: int, kwargs: dict[str, None], message: str) -> None:
+    subject = capture(Two(lambda self, x, y: x * y), (torch.randn(2, 4), torch.randn(2, 4)))
+    with pytest.raises(GraphError, match=rf"\[GRAPH-003\] .*{message}") as caught:
+        subject(*[torch.ones(2, 4)] * args, **kwargs)  # type: ignore[arg-type]
+    assert caught.value.fix == "its inputs, in order: x, y."
+
+
 def test_running_records_no_gradients() -> None:
     subject = capture(One(lambda self, x: x * self.w, w=parameter(4)), (torch.zeros(2, 4),))
     assert not subject(torch.ones(2, 4, requires_grad=True))[0].requires_grad

@@ -66,6 +66,27 @@ def test_operators_that_need_concrete_sizes_in_cpp() -> None:
     assert types(subject, "baddbmm") == ["f32[B,T,5]"]
 
 
+def test_calls_alike_share_one_value_and_others_do_not() -> None:
+    def body(self: One, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.relu(x) + 1, torch.relu(x * 2) + 1.5, torch.relu(x.double()), x.mT @ x, (x @ x.mT) * True
+
+    subject = capture(One(body), (torch.zeros(2, 3, 4),))
+    one, other, double, inner, outer = (node.meta["val"] for node in subject.graph.output_node().args[0])
+    assert one is other
+    assert double is not one
+    assert (double.dtype, tuple(inner.shape)[1:]) == (torch.float64, (4, 4))
+    context = shape_context(subject)
+    assert [dim_text(context, size) for size in outer.shape] == ["B", "T", "T"]
+
+
+def test_sizes_that_depend_on_values_are_new_at_every_call() -> None:
+    subject = capture(One(lambda self, x: x), (torch.zeros(2, 3),), dims={"x": {0: "B"}})
+    context = shape_context(subject)
+    x = subject.graph.find_nodes(op="placeholder")[0].meta["val"]
+    one, other = (context.call(torch.ops.aten.nonzero.default, (x,), {}) for _ in range(2))
+    assert one.shape[0].node.expr != other.shape[0].node.expr
+
+
 def test_prime_sizes() -> None:
     sizes = prime_sizes(["B", 3, "T", "B", "S", 7], first=3, apart=4)
     assert sizes == {"B": 3, "T": 7, "S": 11}

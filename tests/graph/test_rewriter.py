@@ -6,7 +6,7 @@ from torch import nn
 
 from skink.errors import VerifyError
 from skink.graph.capture import capture
-from skink.graph.program import Program
+from skink.graph.program import Edit, Program
 from skink.graph.rewriter import Rewriter, describe
 from skink.graph.text import type_text
 from tests.modules import One
@@ -97,3 +97,74 @@ def test_a_node_before_what_it_uses_is_refused() -> None:
         Rewriter(subject, "test").finish()
     assert "relu" in caught.value.why
     assert "linear" in caught.value.why
+
+
+def test_edits_past_the_limit_are_refused_and_leave_nothing_behind() -> None:
+    subject = program()
+    before = str(subject)
+    rewriter = Rewriter(subject, "test", limit=0)
+    relu = node_of(subject, aten.relu.default)
+    with rewriter.before(relu):
+        new = rewriter.call(aten.tanh.default, relu.args[0])
+    assert rewriter.exhausted
+    assert not rewriter.replace(relu, new, rule="relu-to-tanh")
+    assert not rewriter.update(relu, target=aten.neg.default, rule="relu-to-neg")
+    rewriter.finish()
+    assert (str(subject), subject.edits, rewriter.count) == (before, [], 0)
+
+
+def test_the_limit_counts_all_edits_of_the_program() -> None:
+    subject = program()
+    relu = node_of(subject, aten.relu.default)
+    assert Rewriter(subject, "one", limit=1).update(relu, target=aten.tanh.default, rule="relu-to-tanh")
+    assert not Rewriter(subject, "two", limit=1).update(relu, target=aten.neg.default, rule="tanh-to-neg")
+
+
+def test_an_update_changes_a_call_in_its_place() -> None:
+    subject = program()
+    product = node_of(subject, aten.mul.Tensor)
+    rewriter = Rewriter(subject, "test")
+    assert rewriter.update(product, target=aten.sum.dim_IntList, args=(product.args[0], [-1]), rule="mul-to-sum")
+    rewriter.finish()
+    assert type_text(product.meta["val"], subject.graph_module.meta["shapes"]) == "f32[B,T]"
+    assert [edit.rule for edit in subject.edits] == ["mul-to-sum"]
+    with torch.no_grad():
+        hidden = torch.relu(X @ subject.weight("layer.weight").t() + subject.weight("layer.bias"))
+    torch.testing.assert_close(subject(X)[0], hidden.sum(-1))
+
+
+def test_a_size_is_replaced_by_a_number() -> None:
+    subject = capture(One(lambda self, x: x * x.shape[2]), (X,), dims={"x": {2: "E"}})
+    size = node_of(subject, aten.sym_size.int)
+    rewriter = Rewriter(subject, "test")
+    assert rewriter.replace(size, 5, rule="size-to-number")
+    rewriter.finish()
+    torch.testing.assert_close(subject(X)[0], X * 5)
+
+
+def test_whoever_watches_is_called_after_each_edit_with_the_graph_whole() -> None:
+    subject = program()
+    seen: list[tuple[int, str]] = []
+
+    def on_edit(edit: Edit) -> None:
+        subject.graph.lint()
+        seen.append((edit.index, edit.rule))
+
+    rewriter = Rewriter(subject, "test", on_edit=on_edit)
+    relu = node_of(subject, aten.relu.default)
+    for target in (aten.tanh.default, aten.neg.default):
+        rewriter.update(relu, target=target, rule=str(target))
+    assert seen == [(0, "aten.tanh.default"), (1, "aten.neg.default")]
+    assert subject.edits[0].source.startswith("tests/modules.py:")
+
+
+def test_what_only_a_dead_node_used_goes_with_it() -> None:
+    subject = program()
+    rewriter = Rewriter(subject, "test")
+    product, relu = node_of(subject, aten.mul.Tensor), node_of(subject, aten.relu.default)
+    with rewriter.before(product), rewriter.watching() as made:
+        new = rewriter.call(aten.neg.default, relu.args[0])
+    assert made == [new]
+    rewriter.replace(product, new, rule="test")
+    assert rewriter.erase_dead(product) == [product, relu]
+    assert rewriter.erase_dead(new) == []

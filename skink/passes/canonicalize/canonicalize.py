@@ -4,10 +4,11 @@ Leftovers of the exporter go, `rms_norm`, `rotary` and `attention` are raised, l
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
+from skink.graph.driver import apply_rules
 from skink.graph.passes import Context, Pass, PassResult
-from skink.graph.pattern import NoMatch, apply_rules
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
 from skink.passes.canonicalize.clean import clean, drop_casts
@@ -25,10 +26,7 @@ class Canonicalize(Pass):
 
     def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
         clean(program, rewriter)
-        refused: list[NoMatch] = []
-        for rules in (RULES, SECOND_RULES):
-            for reasons in apply_rules(program, rewriter, rules).values():
-                refused.extend(reasons)
+        refused = apply_rules(program, rewriter, (*RULES, *SECOND_RULES))
         drop_casts(program, rewriter)
         clean(program, rewriter)
-        return PassResult(edits=rewriter.count, refused=tuple(refused))
+        return PassResult(edits=rewriter.count, refused=tuple(chain.from_iterable(refused.values())))

@@ -10,7 +10,7 @@ from torch import fx
 
 from skink.graph.pattern import op_name
 from skink.graph.program import Program
-from skink.graph.propagate import ShapeContext, evaluate, shape_context
+from skink.graph.propagate import ShapeContext, evaluate, expression, shape_context
 from skink.graph.rewriter import Rewriter
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ def clean(program: Program, rewriter: Rewriter) -> None:
         _drop_calls_that_do_nothing(program, rewriter)
         _drop_empty_parts(program, rewriter)
         _merge_equal_calls(program, rewriter)
-        rewriter.finish()
+        rewriter.sweep()
         if rewriter.count == before:
             break
 
@@ -54,16 +54,14 @@ def _name_sizes(program: Program, rewriter: Rewriter) -> None:
         elif known is anchor:
             anchor = anchor.next
         else:
-            anchor.prepend(known)
+            rewriter.move_before(known, anchor)
         canonical[symbol] = known
     for node in list(program.graph.nodes):
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, int | torch.SymInt) or node in canonical.values():
             continue
         if isinstance(value, int):
-            for user in list(node.users):
-                user.replace_input_with(node, value)
-            rewriter.record(node, rule="size-to-number")
+            rewriter.replace(node, value, rule="size-to-number")
             continue
         same = canonical.setdefault(value.node.expr, node)
         if same is not node:
@@ -72,12 +70,8 @@ def _name_sizes(program: Program, rewriter: Rewriter) -> None:
 
 def _same_shape(one: Any, other: Any) -> bool:
     return len(one.shape) == len(other.shape) and all(
-        _expression(a) == _expression(b) for a, b in zip(one.shape, other.shape, strict=True)
+        expression(a) == expression(b) for a, b in zip(one.shape, other.shape, strict=True)
     )
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _identity_of(node: fx.Node) -> fx.Node | None:
@@ -101,13 +95,12 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
 
 
 def _drop_calls_that_do_nothing(program: Program, rewriter: Rewriter) -> None:
-    for node in list(program.graph.nodes):
-        if node.op != "call_function":
-            continue
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    for node in calls:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             # A view that may copy: then no `contiguous` before it is needed.
-            node.target = aten.reshape.default
-            rewriter.record(node, rule="view-to-reshape")
+            rewriter.update(node, target=aten.reshape.default, rule="view-to-reshape")
+    for node in calls:
         source = _identity_of(node)
         if source is not None:
             rewriter.replace(node, source, rule="drop-identity")
@@ -120,12 +113,14 @@ def _drop_empty_parts(program: Program, rewriter: Rewriter) -> None:
             continue
         parts = list(node.args[0])
         axis = node.args[1] if len(node.args) > 1 else 0
-        kept = [part for part in parts if _expression(part.meta["val"].shape[axis]) != 0]
+        shapes = [part.meta["val"].shape for part in parts]
+        # PyTorch also lets a part of one axis, of size 0, stand beside parts of more.
+        sizes = [shape[axis if len(shape) > 1 else 0] for shape in shapes]
+        kept = [part for part, size in zip(parts, sizes, strict=True) if expression(size) != 0]
         if len(kept) == 1:
             rewriter.replace(node, kept[0], rule="cat-of-one")
         elif kept and len(kept) < len(parts):
-            node.update_arg(0, kept)
-            rewriter.record(node, rule="cat-without-empty")
+            rewriter.update(node, args=(kept, *node.args[1:]), rule="cat-without-empty")
 
 
 def _merge_equal_calls(program: Program, rewriter: Rewriter) -> None:
@@ -139,11 +134,7 @@ def _merge_equal_calls(program: Program, rewriter: Rewriter) -> None:
             continue
         first = seen.setdefault(key, node)
         if first is not node:
-            if node.op == "get_attr":
-                node.replace_all_uses_with(first)
-                program.graph.erase_node(node)
-            else:
-                rewriter.replace(node, first, rule="merge-equal")
+            rewriter.replace(node, first, rule="merge-equal")
 
 
 def _frozen(argument: Any) -> Any:
@@ -169,4 +160,4 @@ def drop_casts(program: Program, rewriter: Rewriter) -> None:
     for node in list(program.graph.nodes):
         if node.target in _CASTS and values[node].dtype == values[node.args[0]].dtype:
             rewriter.replace(node, node.args[0], rule="drop-cast")
-    rewriter.finish()
+    rewriter.sweep()

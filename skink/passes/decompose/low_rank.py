@@ -224,7 +224,9 @@ def _replace(program: Program, rewriter: Rewriter, layer: LinearLayer, factors: 
             inner = rewriter.call(node.target, node.args[0], down, rule=RULE)
             outer = rewriter.call(node.target, inner, up, *([own] if own is not None else []), rule=RULE)
         rewriter.replace(node, outer, rule=RULE, detail=detail)
-    _forget(program, layer)
+        rewriter.erase_dead(node)
+    # The dense weight goes at once, so that its memory is free before the next one is factored.
+    program.drop_unused_weights()
     return LayerRecord(
         name=layer.name,
         kind="linear",
@@ -237,17 +239,6 @@ def _replace(program: Program, rewriter: Rewriter, layer: LinearLayer, factors: 
         weight_error=factors.weight_error,
         baseline_error=factors.plain_error,
     )
-
-
-def _forget(program: Program, layer: LinearLayer) -> None:
-    """Drop the dense weight at once, so that its memory is free before the next one is factored."""
-    for node in layer.readers:
-        read = [source for source in node.all_input_nodes if source.op == "get_attr"]
-        program.graph.erase_node(node)
-        for source in read:
-            if not source.users:
-                program.graph.erase_node(source)
-    program.drop_unused_weights()
 
 
 def _owns_bias(layer: LinearLayer, bias_name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import collections
 
+import pytest
 import torch
 
 from skink.graph.passes import Context
@@ -57,3 +58,16 @@ def test_the_log_names_rules_and_modules() -> None:
     edit = next(edit for edit in program.edits if edit.rule == "raise-rms-norm")
     assert edit.qualified_name == "model.layers.0.input_layernorm"
     assert [edit.index for edit in program.edits] == list(range(len(program.edits)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 0.99])
+def test_every_edit_stands_alone(family: str, share: float) -> None:
+    """Stopped anywhere, the program runs and computes what it computed."""
+    program, inputs = captured(family).clone(), batch(2, 9, padding=3)
+    limit = int(share * len(canonical(family).edits))
+    rewriter = Rewriter(program, "canonicalize", limit=limit)
+    Canonicalize().run(program, rewriter, Context())
+    rewriter.finish()
+    assert len(program.edits) == limit
+    assert [edit.rule for edit in program.edits] == [edit.rule for edit in canonical(family).edits[:limit]]
+    assert distance(program(*inputs)[0], eager_logits(family, inputs), inputs.attention_mask) < 1e-5
