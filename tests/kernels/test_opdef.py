@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skink.kernels import ATTENTION, OPS, RMS_NORM, ROTARY, OpCall, OpDef, find_op
+from skink.kernels import ATTENTION, EXPERTS, OPS, RMS_NORM, ROTARY, OpCall, OpDef, find_op
 from skink.kernels.cpp.library import Library
 from skink.kernels.opdef import cpp_variant, nbytes
 
@@ -26,7 +26,14 @@ def arguments(op: OpDef, dtype: torch.dtype = torch.float32) -> tuple[tuple[Any,
         "rotary": ((random(2, 2, 3, 6), random(2, 3, 4), random(2, 3, 4)), {}),
         "attention": (
             (random(2, 4, 3, 6), random(2, 2, 5, 6), random(2, 2, 5, 4), mask),
-            {"scale": 0.4, "window": 4, "softcap": 3.0, "sinks": random(4)},
+            {"scale": 0.4, "window": 4, "softcap": 3.0, "sinks": random(4), "alibi": random(4)},
+        ),
+        "experts": (
+            (
+                *(random(5, 6), torch.tensor([[0, 3], [2, 1], [3, 0], [0, 2], [3, 2]]), random(5, 2)),
+                *(random(4, 8, 6), random(4, 6, 4), random(4, 8), random(4, 6)),
+            ),
+            {"activation": "silu", "limit": 2.0, "alpha": 1.7, "shift": 1.0},
         ),
     }[op.name]
 
@@ -77,31 +84,33 @@ def test_results_keep_the_inputs_dtype_where_others_differ() -> None:
     assert ROTARY.overload(heads, table, table).dtype is torch.float16
 
 
-def test_gradients(op: OpDef) -> None:
-    args, kwargs = arguments(op, torch.float64)
-    names = [a.name for a in op.overload._schema.arguments]
+def passes_gradients(op: OpDef, kernel: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether gradients with regard to every floating tensor are those of finite differences."""
     bound = op.bind(args, kwargs)
-    moving = [name for name in names if isinstance(bound[name], Tensor) and bound[name].is_floating_point()]
+    moving = [name for name, value in bound.items() if isinstance(value, Tensor) and value.is_floating_point()]
     assert len(moving) >= 2
 
     def call(*values: Tensor) -> Tensor:
         given = {**bound, **dict(zip(moving, values, strict=True))}
         positional = [given[a.name] for a in op.overload._schema.arguments if not a.kwarg_only]
         keywords = {a.name: given[a.name] for a in op.overload._schema.arguments if a.kwarg_only}
-        result: Tensor = op.overload(*positional, **keywords)
-        return result
+        return kernel(*positional, **keywords)
 
-    inputs = [bound[name].clone().requires_grad_() for name in moving]
-    assert torch.autograd.gradcheck(call, inputs)
+    return torch.autograd.gradcheck(call, [bound[name].clone().requires_grad_() for name in moving])
+
+
+def test_gradients(op: OpDef) -> None:
+    assert passes_gradients(op, op.overload, *arguments(op, torch.float64))
 
 
 def test_variants_that_say_so_pass_gradients_on(op: OpDef) -> None:
     for variant in op.variants:
         if variant.differentiable:
-            query, key, value = torch.randn(3, 1, 2, 3, 4, dtype=torch.float64).unbind(0)
-            inputs = [t.clone().requires_grad_() for t in (query, key, value)]
-            kernel = variant.load()
-            assert torch.autograd.gradcheck(lambda *qkv, run=kernel: run(*qkv, scale=0.5), inputs)
+            args, kwargs = arguments(op, torch.float64)
+            if op is ATTENTION:
+                kwargs = {"scale": 0.5, "window": 4}
+            assert variant.supports(OpCall(op.bind(args, kwargs), torch.device("cpu"))) is None
+            assert passes_gradients(op, variant.load(), args, kwargs)
 
 
 def test_tolerances_are_some_rounding_errors_wide(op: OpDef) -> None:
@@ -124,6 +133,7 @@ def test_binding_fills_in_defaults() -> None:
         "window": 0,
         "softcap": 0.0,
         "sinks": None,
+        "alibi": None,
     }
 
 
@@ -145,6 +155,8 @@ def test_bytes() -> None:
         (ROTARY, 2 * 2 * 2 * 3 * 4, 4 * (72 + 72 + 2 * 24)),
         # 2 sequences, 4 heads, 3 queries against 5 keys; 6 features in and 4 out.
         (ATTENTION, 2 * 4 * 3 * 5 * (6 + 4), 4 * (2 * 4 * 3 * 6 + 2 * 2 * 5 * 6 + 2 * 2 * 5 * 4 + 2 * 4 * 3 * 4)),
+        # 5 tokens of 6 features choose 2 of 4 experts each; 8 features in between, 4 behind the gate.
+        (EXPERTS, 10 * (6 * 8 + 4 * 6), 4 * (4 * (48 + 24 + 8 + 6) + 2 * 30 + 10) + 8 * 10),
     ],
 )
 def test_cost_by_hand(op_: OpDef, macs: int, size: int) -> None:

@@ -63,8 +63,8 @@ ATTENTION_MASK = OpaqueOp(
     "attention_mask(Tensor query, Tensor key, Tensor? key_mask, bool causal, int window) -> Tensor", _fake_mask
 )
 ATTENTION = OpaqueOp(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap, Tensor? sinks) "
-    "-> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap, Tensor? sinks, "
+    "Tensor? alibi) -> Tensor",
     _fake_attention,
 )
 ROTARY_PAIRS = OpaqueOp(

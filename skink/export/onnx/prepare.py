@@ -8,27 +8,28 @@ that has a shape and no implementation (opaque.py); the exporter keeps it, and c
     rotary(x, cos(cat(f, f)), sin(cat(f, f)))    →  rotary_pairs(x, cos(f), sin(f))
     rms_norm(x, weight, eps, offset)             →  rms_norm(x, weight + offset, eps)
     reshape(x, [size(x, 0), size(x, 1), -1])     →  reshape(x, [0, 0, -1])
-    linear(x, head)                              →  linear(keep_last(x, num_logits_to_keep), head)
+    norm(x)                                      →  norm(keep_last(x, num_logits_to_keep))      before the head
 
 Weights have shapes only; `Prepared.weight` says what they hold. Exact.
 """
 
 import importlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch import Tensor, fx
 
 from skink.errors import ExportError, GraphError
 from skink.export.onnx import opaque
 from skink.export.onnx.opaque import OpaqueOp, Translation
 from skink.export.onnx.session import KEPT_INPUT
+from skink.graph.dtypes import with_dtype
+from skink.graph.last_token import head_input
 from skink.graph.pattern import op_name
-from skink.graph.program import Input, Program, store_weight
-from skink.graph.propagate import propagate, shape_context
+from skink.graph.program import Input, Program
+from skink.graph.propagate import shape_context
 from skink.graph.rewriter import Rewriter, describe
 from skink.kernels import ATTENTION, RMS_NORM, ROTARY, OpDef, find_op
 
@@ -36,9 +37,6 @@ aten = torch.ops.aten
 
 # ONNX Runtime's CPU kernels do without these: they are exported as float32.
 _WIDENED = (torch.bfloat16, torch.float64)
-
-# What may stand between the head and the logits.
-_AFTER_HEAD = ("mul", "div", "tanh", "to", "type_as")
 
 _ELEMENTWISE = (aten.cos.default, aten.sin.default, aten.to.dtype, aten.type_as.default)
 
@@ -87,7 +85,9 @@ def prepare(stepped: Program) -> Prepared:
         )
     prepared = _with_shapes_only(stepped)
     program = prepared.program
+    shape_context(program)
     rewriter = Rewriter(program, "prepare-onnx")
+    _keep_last(prepared, rewriter)
     masks: dict[Any, fx.Node | None] = {}
     pairs: dict[Any, fx.Node | None] = {}
     for node in list(program.graph.nodes):
@@ -106,7 +106,6 @@ def prepare(stepped: Program) -> Prepared:
             rewriter.replace(node, new, rule="opaque")
         elif op_name(node) == "reshape":
             _reshape(prepared, rewriter, node)
-    _keep_last(prepared, rewriter)
     rewriter.finish()
     return prepared
 
@@ -121,25 +120,8 @@ def cast_program(program: Program, dtype: torch.dtype, *, shapes_only: bool = Fa
 
     With `shapes_only` its weights are on the meta device; otherwise on the CPU, and shared where they fit already.
     """
-    clone = program.clone()
-    root = nn.Module()
-    for name, tensor in program.weights():
-        wanted = tensor.dtype
-        if tensor.is_floating_point() and (name not in program.buffers or wanted in _WIDENED):
-            wanted = dtype
-        cast = torch.empty(tensor.shape, dtype=wanted, device="meta") if shapes_only else tensor.to("cpu", wanted)
-        store_weight(root, name, cast, buffer=name in program.buffers)
-    for node in clone.graph.nodes:
-        node.args = map_aggregate(node.args, _widen)
-        node.kwargs = map_aggregate(dict(node.kwargs), _widen)
-    clone.graph_module = fx.GraphModule(root, clone.graph)
-    clone.inputs = tuple(replace(entry, dtype=_widen(entry.dtype)) for entry in clone.inputs)
-    if dtype is program.dtype:
-        shape_context(program)
-        clone.graph_module.meta["shapes"] = program.graph_module.meta["shapes"]
-    else:
-        propagate(clone)
-    return clone
+    device = None if shapes_only else "cpu"
+    return with_dtype(program, dtype, shapes_only=shapes_only, without=_WIDENED, device=device)
 
 
 def _with_shapes_only(stepped: Program) -> Prepared:
@@ -149,10 +131,6 @@ def _with_shapes_only(stepped: Program) -> Prepared:
         name = str(stepped.dtype).removeprefix("torch.")
         prepared.notes.append(f"exported as float32: ONNX Runtime's CPU kernels do not compute in {name}.")
     return prepared
-
-
-def _widen(argument: Any) -> Any:
-    return torch.float32 if isinstance(argument, torch.dtype) and argument in _WIDENED else argument
 
 
 def _lowering(definition: OpDef, node: fx.Node) -> ModuleType:
@@ -198,7 +176,7 @@ def _attention(
         if causal or window or padding is not None:
             mask = (query, key, padding, causal, window)
             masks[kind] = _call(prepared, rewriter, opaque.ATTENTION_MASK, module.attention_mask, *mask)
-    rest = (arguments["value"], masks[kind], arguments["scale"], arguments["softcap"], arguments["sinks"])
+    rest = (arguments["value"], masks[kind], *(arguments[name] for name in ("scale", "softcap", "sinks", "alibi")))
     return _call(prepared, rewriter, opaque.ATTENTION, module.attention, query, key, *rest)
 
 
@@ -274,10 +252,8 @@ def _keep_last(prepared: Prepared, rewriter: Rewriter) -> None:
     program = prepared.program
     if not program.state or program.outputs != ("logits",):
         return
-    node: Any = program.graph.output_node().args[0][0]  # type: ignore[index]
-    while op_name(node) in _AFTER_HEAD and not any(isinstance(other, fx.Node) for other in node.args[1:2]):
-        node = node.args[0]
-    if op_name(node) != "linear":
+    cut = head_input(program)
+    if cut is program.graph.output_node().args[0][0]:  # type: ignore[index]
         return
     graph = program.graph
     with graph.inserting_after(graph.find_nodes(op="placeholder")[len(program.inputs) - 1]):
@@ -285,10 +261,10 @@ def _keep_last(prepared: Prepared, rewriter: Rewriter) -> None:
     entry = Input(KEPT_INPUT, torch.int64, ())
     count.meta["val"] = shape_context(program).fake_input(entry.dims, entry.dtype)
     program.inputs = (*program.inputs, entry)
-    with rewriter.before(node):
-        kept = _call(prepared, rewriter, opaque.KEEP_LAST, opaque.translate_keep_last, node.args[0], count)
-    node.replace_input_with(node.args[0], kept)
-    rewriter.record(node, rule="keep-last")
+    (head,) = cut.users
+    with rewriter.before(head):
+        kept = _call(prepared, rewriter, opaque.KEEP_LAST, opaque.translate_keep_last, cut, count)
+    rewriter.replace(cut, kept, rule="keep-last")
 
 
 def _size(size: Any) -> Any:

@@ -330,6 +330,11 @@ private:
         const int64_t low = min(n, max(0, lowest_key(r) - at)), high = max(low, min(n, highest_key(r) - at));
         if (p.softcap != 0.0f)
             for (int64_t i = 0; i < n; i += kLanes) store(x + i, tanh(load(x + i) * (1.0f / p.softcap)) * p.softcap);
+        if (p.alibi != nullptr) {
+            const float slope = p.alibi[key_head * plan.group + (first + r) % plan.group];
+            const int64_t ahead = at - position(r);
+            for (int64_t i = 0; i < n; ++i) x[i] += slope * static_cast<float>(ahead + i);
+        }
         for (int64_t i = 0; i < low; ++i) x[i] = kNone;
         for (int64_t i = high; i < padded; ++i) x[i] = kNone;
         Vec tops = splat(kNone);

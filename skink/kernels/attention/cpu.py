@@ -30,11 +30,11 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor:
     """As the reference."""
     if query.shape[2] <= FEW_TOKENS[query.dtype] or softcap or sinks is not None:
-        result: Tensor = _streaming(
-            query, key, value, key_mask, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks
-        )
+        options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        result: Tensor = _streaming(query, key, value, key_mask, **options, alibi=alibi)
         return result
-    return blocked(query, key, value, key_mask, causal=causal, scale=scale, window=window)
+    return blocked(query, key, value, key_mask, causal=causal, scale=scale, window=window, alibi=alibi)

@@ -21,6 +21,7 @@ it. Also seen:
 - All scores are computed, the future's too, so long prompts are best read in chunks: see `OrtRunner`.
 """
 
+import math
 from typing import Any
 
 import onnxscript
@@ -59,16 +60,35 @@ def attention_mask(query: Any, key: Any, key_mask: Any, causal: bool, window: in
     return op.Expand(present, op.Concat(_integers(1, 1), tokens, _integers(1), axis=0))
 
 
-def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float, sinks: Any) -> Any:
+def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float, sinks: Any, alibi: Any) -> Any:
     """The op with its mask ready: bool[T, S], bool[B, 1, T, S] or None."""
-    if sinks is not None:
-        return _with_sinks(query, key, value, mask, scale, softcap, sinks)
+    bias = None if alibi is None else _bias(query, key, alibi)
+    if sinks is not None or (softcap and bias is not None):
+        return _by_primitives(query, key, value, mask, scale, softcap, sinks, bias)
+    if bias is not None:
+        bias = op.CastLike(bias, query)
+        mask = bias if mask is None else op.Where(mask, bias, op.CastLike(op.Constant(value_float=-math.inf), query))
     result, *_ = op.Attention(query, key, value, mask, scale=scale, softcap=softcap)
     return result
 
 
-def _with_sinks(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float, sinks: Any) -> Any:
-    """By primitives, because `Attention` has no sinks. Query heads that share a key head become its rows."""
+def _bias(query: Any, key: Any, alibi: Any) -> Any:
+    """What the scores gain: float[1, H, T, S]."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    tokens = op.Squeeze(op.Shape(query, start=2, end=3))
+    total = op.Squeeze(op.Shape(key, start=2, end=3))
+    query_position = op.Unsqueeze(op.Range(op.Sub(total, tokens), total, one), _integers(1))
+    after = op.Cast(op.Sub(op.Range(zero, total, one), query_position), to=TensorProto.FLOAT)
+    return op.Mul(op.Reshape(op.Cast(alibi, to=TensorProto.FLOAT), _integers(1, -1, 1, 1)), after)
+
+
+def _by_primitives(
+    query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float, sinks: Any, bias: Any
+) -> Any:
+    """For what `Attention` lacks: sinks, and a bias after the soft cap (its own comes before).
+
+    Query heads that share a key head become its rows.
+    """
     heads, groups = int(query.shape[1]), int(key.shape[1])
     folded = op.Reshape(query, _integers(0, groups, -1, int(query.shape[3])))
     scores = op.MatMul(folded, op.Transpose(key, perm=[0, 1, 3, 2]))
@@ -77,13 +97,19 @@ def _with_sinks(query: Any, key: Any, value: Any, mask: Any, scale: float, softc
     if softcap:
         cap = op.Constant(value_float=softcap)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    if bias is not None:
+        scores = op.Add(scores, bias)
     if mask is not None:
         scores = op.Where(mask, scores, op.Constant(value_float=_LEAST))
-    sink = op.Reshape(op.Cast(sinks, to=TensorProto.FLOAT), _integers(1, heads, 1, 1))
-    largest = op.Max(op.ReduceMax(scores, _integers(-1), keepdims=1), sink)
-    powers = op.Exp(op.Sub(scores, largest))
-    total = op.Add(op.ReduceSum(powers, _integers(-1), keepdims=1), op.Exp(op.Sub(sink, largest)))
-    weights = op.Reshape(op.CastLike(op.Div(powers, total), value), _integers(0, groups, -1, 0))
+    if sinks is None:
+        weights = op.Softmax(scores, axis=-1)
+    else:
+        sink = op.Reshape(op.Cast(sinks, to=TensorProto.FLOAT), _integers(1, heads, 1, 1))
+        largest = op.Max(op.ReduceMax(scores, _integers(-1), keepdims=1), sink)
+        powers = op.Exp(op.Sub(scores, largest))
+        total = op.Add(op.ReduceSum(powers, _integers(-1), keepdims=1), op.Exp(op.Sub(sink, largest)))
+        weights = op.Div(powers, total)
+    weights = op.Reshape(op.CastLike(weights, value), _integers(0, groups, -1, 0))
     return op.Reshape(op.MatMul(weights, value), _integers(0, heads, -1, int(value.shape[3])))
 
 

@@ -64,7 +64,7 @@ OP = OpDef(
     name="attention",
     schema=(
         "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, *, bool causal=True, float scale, "
-        "int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor"
+        "int window=0, float softcap=0.0, Tensor? sinks=None, Tensor? alibi=None) -> Tensor"
     ),
     reference=attention,
     fake=_fake,

@@ -4,6 +4,13 @@ import torch
 from torch import Tensor
 
 
+def distances(query_length: int, key_length: int, *, device: torch.device) -> Tensor:
+    """How far each key lies after each query: int64[T, S], of both signs. The queries are the last T of S positions."""
+    key = torch.arange(key_length, device=device)[None, :]
+    query = torch.arange(query_length, device=device)[:, None] + (key_length - query_length)
+    return key - query
+
+
 def allowed_keys(
     query_length: int,
     key_length: int,
@@ -20,12 +27,11 @@ def allowed_keys(
     """
     allowed: Tensor | None = None
     if causal or window:
-        key = torch.arange(key_length, device=device)[None, :]
-        query = torch.arange(query_length, device=device)[:, None] + (key_length - query_length)
+        after = distances(query_length, key_length, device=device)
         if causal:
-            allowed = key <= query
+            allowed = after <= 0
         if window:
-            near = key > query - window
+            near = after > -window
             allowed = near if allowed is None else allowed & near
     if allowed is not None:
         allowed = allowed[None, None]
@@ -47,6 +53,7 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale * query @ keyᵀ) @ value`, each group of H/Hk query heads sharing one key and value head.
 
@@ -60,6 +67,8 @@ def attention(
         window: a query sees itself and the `window - 1` keys before it; 0 for no window.
         softcap: scores become `softcap * tanh(score / softcap)`; 0 for none (Gemma 2, arXiv 2408.00118, section 2).
         sinks: float[H], one more logit in each head's denominator (gpt-oss).
+        alibi: float[H] slopes; scores gain `slope * (key position - query position)` (Press et al. 2022, arXiv
+            2108.12409, section 3), after the soft cap.
 
     Returns:
         float[B, H, T, Dv]. The softmax is taken in float32 (float64 stays). A query that may see nothing, as in
@@ -73,6 +82,9 @@ def attention(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi is not None:
+        slopes = alibi.to(scores.dtype).view(groups, heads // groups, 1, 1)
+        scores = scores + slopes * distances(length, key.shape[2], device=query.device)
     allowed = allowed_keys(length, key.shape[2], key_mask, causal=causal, window=window, device=query.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed.unsqueeze(1), torch.finfo(scores.dtype).min)

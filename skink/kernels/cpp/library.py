@@ -147,5 +147,6 @@ def _fake_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

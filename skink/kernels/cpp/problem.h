@@ -51,6 +51,7 @@ struct Attention {
     void* output;       // [batch, heads, tokens, value_width]
     const uint8_t* key_mask;  // [batch, keys], 0 where the key is padding; null where none is
     const float* sinks;       // [heads], or null
+    const float* alibi;       // [heads], what a score gains for each position that the key lies after; or null
     int64_t batch, heads, key_heads, tokens, keys, width, value_width;
     int64_t query_batch, query_head, query_token;  // strides in elements
     int64_t key_batch, key_head, key_token;

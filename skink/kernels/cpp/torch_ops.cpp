@@ -156,7 +156,7 @@ struct Free {
 };
 
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> key_mask, bool causal, double scale,
-                 int64_t window, double softcap, std::optional<Tensor> sinks) {
+                 int64_t window, double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi) {
     skink::Attention problem{};
     problem.dtype = dtype_of(query, "attention");
     require_same(query, key, "attention", "key");
@@ -184,12 +184,15 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> k
                 torch::headeronly::toString(key_mask->scalar_type()), Shape{*key_mask});
         key_mask = with_dense_rows(*key_mask);
     }
-    if (sinks) {
-        require(sinks->is_cpu(), "attention: sinks must be on the cpu");
-        require(sinks->dim() == 1 && sinks->size(0) == heads, "attention: sinks must be [", heads, "], got ",
-                Shape{*sinks});
-        sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
-    }
+    const auto by_head = [&](std::optional<Tensor>& tensor, const char* name) {
+        if (!tensor) return;
+        require(tensor->is_cpu(), "attention: ", name, " must be on the cpu");
+        require(tensor->dim() == 1 && tensor->size(0) == heads, "attention: ", name, " must be [", heads, "], got ",
+                Shape{*tensor});
+        tensor = torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Float));
+    };
+    by_head(sinks, "sinks");
+    by_head(alibi, "alibi");
     query = with_dense_rows(query);
     key = with_dense_rows(key);
     value = with_dense_rows(value);
@@ -206,6 +209,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> k
         problem.mask_batch = key_mask->stride(0);
     }
     if (sinks) problem.sinks = static_cast<const float*>(sinks->const_data_ptr());
+    if (alibi) problem.alibi = static_cast<const float*>(alibi->const_data_ptr());
     problem.batch = batch;
     problem.heads = heads;
     problem.key_heads = key_heads;
@@ -242,7 +246,7 @@ STABLE_TORCH_LIBRARY(skink_cpp, m) {
     m.def("rotary(Tensor input, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor");
     m.def(
         "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, *, bool causal=True, float scale, "
-        "int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
+        "int window=0, float softcap=0.0, Tensor? sinks=None, Tensor? alibi=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skink_cpp, CPU, m) {

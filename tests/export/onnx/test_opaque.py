@@ -9,7 +9,7 @@ from skink.export.onnx import opaque
     [
         (opaque.ATTENTION_MASK, ("q", "k", None, True, 0), (3, 5), torch.bool),
         (opaque.ATTENTION_MASK, ("q", "k", "mask", True, 2), (2, 1, 3, 5), torch.bool),
-        (opaque.ATTENTION, ("q", "k", "v", None, 1.0, 0.0, None), (2, 4, 3, 6), torch.float32),
+        (opaque.ATTENTION, ("q", "k", "v", None, 1.0, 0.0, None, None), (2, 4, 3, 6), torch.float32),
         (opaque.ROTARY_PAIRS, ("q", "q", "q", False, 8), (2, 4, 3, 8), torch.float32),
         (opaque.RESHAPE, ("q", [0, 2, -1]), (2, 2, 48), torch.float32),
         (opaque.KEEP_LAST, ("q", "count"), (2, 4, 3, 8), torch.float32),

@@ -19,10 +19,11 @@ class Case:
     padding: bool = False
     softcap: float = 0.0
     sinks: bool = False
+    alibi: bool = False
     sizes: tuple[int, int] = (8, 8)
 
     def __str__(self) -> str:
-        flags = [name for name in ("padding", "sinks") if getattr(self, name)]
+        flags = [name for name in ("padding", "sinks", "alibi") if getattr(self, name)]
         kind = "causal" if self.causal else "full"
         return f"{kind}-{self.heads}-{self.tokens}-w{self.window}-c{self.softcap:g}-{self.sizes}-{'-'.join(flags)}"
 
@@ -46,6 +47,7 @@ class Case:
             "window": self.window,
             "softcap": self.softcap,
             "sinks": sinks,
+            "alibi": random(heads) if self.alibi else None,
         }
 
 
@@ -67,6 +69,10 @@ def cases() -> list[Case]:
         Case(softcap=2.0, heads=(4, 2), tokens=(3, 8), padding=True),
         Case(sinks=True, heads=(4, 2), tokens=(3, 8), padding=True),
         Case(softcap=1.5, sinks=True, window=3, tokens=(5, 9)),
+        Case(alibi=True),
+        Case(alibi=True, causal=False, tokens=(3, 7)),
+        Case(alibi=True, heads=(4, 2), tokens=(4, 9), window=3, padding=True),
+        Case(alibi=True, heads=(4, 2), tokens=(3, 8), padding=True, softcap=2.0, sinks=True),
         Case(tokens=(65, 67), sizes=(5, 3), heads=(2, 1)),
         Case(tokens=(20, 33), window=6, heads=(4, 2), padding=True),
     ]
@@ -83,6 +89,7 @@ def formula(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    alibi: Tensor | None,
 ) -> Tensor:
     """Softmax attention, one query at a time, in float64."""
     batch, heads, queries, _ = query.shape
@@ -107,6 +114,8 @@ def formula(
                 scores = [scale * float(query[b, h, i] @ key[b, h // group, j]) for j in seen]
                 if softcap:
                     scores = [softcap * math.tanh(score / softcap) for score in scores]
+                if alibi is not None:
+                    scores = [score + float(alibi[h]) * (j - position) for score, j in zip(scores, seen, strict=True)]
                 exponents = [math.exp(score) for score in scores]
                 total = sum(exponents) + (math.exp(float(sinks[h])) if sinks is not None else 0.0)
                 for j, exponent in zip(seen, exponents, strict=True):

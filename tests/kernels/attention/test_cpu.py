@@ -34,6 +34,7 @@ def test_the_formula(case: Case) -> None:
         (Case(tokens=(17, 40)), False),
         (Case(tokens=(17, 40), softcap=2.0), True),
         (Case(tokens=(17, 40), sinks=True), True),
+        (Case(tokens=(17, 40), alibi=True), False),
     ],
 )
 def test_which_kernel_serves(monkeypatch: pytest.MonkeyPatch, case: Case, streamed: bool) -> None:

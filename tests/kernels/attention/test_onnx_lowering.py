@@ -13,6 +13,7 @@ class Attentions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sinks = nn.Parameter(torch.randn(4))
+        self.slopes = nn.Parameter(torch.rand(4))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         attention, keep = ATTENTION.overload, mask.bool()
@@ -24,6 +25,10 @@ class Attentions(nn.Module):
             attention(q, k, w, keep, scale=0.3),
             attention(q, k, v, keep, scale=0.3, sinks=self.sinks),
             attention(q, k, w, keep, scale=3.0, softcap=2.0, window=3, sinks=self.sinks),
+            attention(q, k, v, keep, scale=0.3, alibi=self.slopes),
+            attention(q, k, v, scale=0.3, alibi=self.slopes),
+            attention(q, k, v, keep, scale=3.0, softcap=2.0, alibi=self.slopes),
+            attention(q, k, v, keep, scale=3.0, sinks=self.sinks, alibi=self.slopes),
         )
 
 
@@ -45,7 +50,7 @@ def _inputs() -> dict[str, Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()} | {"mask": mask}
 
 
-@pytest.fixture(scope="module", params=[(Attentions, 5), (Bidirectional, 3)], ids=["causal", "bidirectional"])
+@pytest.fixture(scope="module", params=[(Attentions, 7), (Bidirectional, 3)], ids=["causal", "bidirectional"])
 def both(request, tmp_path_factory):
     module, fused = request.param
     return fused, *run_both(module(), _inputs(), _DIMS, tmp_path_factory.mktemp("attention") / "out")
@@ -57,11 +62,11 @@ def test_every_form_of_the_op(both):
     for index, (wanted, got) in enumerate(zip(expected, found)):
         assert np.isfinite(got).all(), index
         np.testing.assert_allclose(got * real, wanted * real, rtol=3e-6, atol=3e-6, err_msg=str(index))
-    assert operators(model).count("Attention") == fused  # all but those with sinks
+    assert operators(model).count("Attention") == fused  # all but those with sinks, and with a soft cap and alibi
 
 
 def test_a_mask_is_built_once_for_each_kind(both):
     fused, _, _, model = both
     # Causal: alone, with padding, and with a window too, which keeps a past of its own. Bidirectional: the window.
-    assert operators(model).count("LessOrEqual") == (3 if fused == 5 else 0)
+    assert operators(model).count("LessOrEqual") == (3 if fused == 7 else 0)
     assert operators(model).count("Greater") == 1

@@ -20,6 +20,7 @@ def refusal(name: str, case: Case) -> str | None:
         (Case(padding=True, window=3), None),
         (Case(softcap=2.0), "has no soft cap"),
         (Case(sinks=True), "has no sinks"),
+        (Case(alibi=True), None),
     ],
 )
 def test_what_pytorchs_kernels_refuse(case: Case, reason: str | None) -> None:

@@ -20,6 +20,7 @@ def expected(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor:
     batch, heads, tokens, _ = query.shape
     keys = key.shape[2]
@@ -34,6 +35,8 @@ def expected(
                     scores = softcap * (scores / softcap).tanh()
                 at = keys - tokens + i
                 j = torch.arange(keys)
+                if alibi is not None:
+                    scores = scores + alibi[h].double() * (j - at)
                 allowed = torch.ones(keys, dtype=torch.bool)
                 if causal:
                     allowed &= j <= at
@@ -138,6 +141,24 @@ def test_sinks(instruction_set: str, dtype: torch.dtype, sink: float) -> None:
     assert_right(actual, expected(q, k, v, scale=0.5, sinks=sinks))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"causal": False}, {"softcap": 2.0, "window": 90}])
+def test_alibi(instruction_set: str, dtype: torch.dtype, options: dict[str, float]) -> None:
+    q, k, v = operands((2, 6, 3, 5, 300, 16, 16), dtype)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[0, :170] = False
+    mask[1, :298] = False  # the first queries see nothing
+    arguments = {"scale": 0.5, "alibi": (torch.tensor([2.0**-i for i in range(1, 7)]) / 8).to(dtype), **options}
+    actual = torch.ops.skink_cpp.attention(q, k, v, mask, **arguments)
+    assert_right(actual, expected(q, k, v, mask, **arguments))
+
+
+def test_alibi_over_keys_split_over_threads(instruction_set: str, threads: int) -> None:
+    q, k, v = operands((1, 4, 1, 1, 5000, 64, 64))
+    alibi = torch.tensor([0.5, 0.01, 0.0, -0.002])
+    actual = torch.ops.skink_cpp.attention(q, k, v, scale=0.2, alibi=alibi)
+    assert_right(actual, expected(q, k, v, scale=0.2, alibi=alibi))
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1, 5000, 64, 64), (1, 2, 1, 40, 1500, 32, 40), (5, 2, 2, 1, 1111, 32, 32)])
 @pytest.mark.parametrize("options", [{}, {"window": 900}])
 def test_many_keys_split_over_threads(
@@ -225,6 +246,7 @@ Q, K = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8)
         ((Q, K, K), {"window": -1}, "window must be 0"),
         ((Q, K, K), {"softcap": -1.0}, "softcap must be 0"),
         ((Q, K, K), {"sinks": torch.ones(2)}, r"sinks must be \[4\], got \[2\]"),
+        ((Q, K, K), {"alibi": torch.ones(3)}, r"alibi must be \[4\], got \[3\]"),
     ],
 )
 def test_wrong_arguments(built: None, arguments: tuple[Tensor, ...], options: dict[str, object], message: str) -> None:
@@ -237,6 +259,6 @@ def test_traces(built: None, dtype: torch.dtype) -> None:
     torch.library.opcheck(
         torch.ops.skink_cpp.attention.default,
         (*operands((2, 4, 2, 3, 9, 8, 6), dtype), mask),
-        {"scale": 0.5, "window": 4, "softcap": 3.0, "sinks": sinks},
+        {"scale": 0.5, "window": 4, "softcap": 3.0, "sinks": sinks, "alibi": sinks},
         test_utils=("test_schema", "test_faketensor"),
     )
