@@ -1,5 +1,6 @@
 """What a program costs: parameters, bytes, and multiply-accumulates per generated token."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import fx
 
 from skink.graph.program import Program
-from skink.graph.propagate import ShapeContext, shape_context
-from skink.kernels import find_op
+from skink.graph.propagate import shape_context
+from skink.kernels import EXPERTS, find_op
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ class ProgramCost:
         parameters: trained weights, tied ones once.
         linear_parameters: those read by linear layers, without the embedding that a head may be tied to.
         bytes: of the trained weights.
-        macs_per_token: multiply-accumulates of products and attention to generate one token.
+        macs_per_token: multiply-accumulates of products, attention and chosen experts to generate one token.
         context: how many tokens of context that token attends to.
     """
 
@@ -37,7 +38,7 @@ class ProgramCost:
 
 def program_cost(program: Program, *, context: int = 512) -> ProgramCost:
     """The cost of a program; works on meta weights too."""
-    shapes = shape_context(program)
+    shape_context(program)  # every node has its value from here on
     trained = [(name, tensor) for name, tensor in program.weights() if name not in program.buffers]
     linear = {
         node.args[1].target
@@ -53,40 +54,42 @@ def program_cost(program: Program, *, context: int = 512) -> ProgramCost:
         parameters=sum(tensor.numel() for _, tensor in trained),
         linear_parameters=sum(tensor.numel() for name, tensor in trained if name in linear - embedded),
         bytes=sum(tensor.numel() * tensor.element_size() for _, tensor in trained),
-        macs_per_token=sum(_macs(node, shapes, context) for node in program.graph.nodes),
+        macs_per_token=sum(_macs(node, context) for node in program.graph.nodes),
         context=context,
     )
 
 
-def _macs(node: fx.Node, shapes: ShapeContext, context: int) -> int:
+def _macs(node: fx.Node, context: int) -> int:
     if node.target is aten.linear.default:
-        return _elements(node, shapes) * _sizes(node.args[0], shapes)[-1]
+        return _elements(node) * _sizes(node.args[0])[-1]
     if node.target in _PRODUCTS:
         left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
-        return _elements(node, shapes) * _sizes(left, shapes)[-1]
+        return _elements(node) * _sizes(left)[-1]
     op = find_op(node.target)
+    if op is EXPERTS:
+        arguments = op.bind(node.args, node.kwargs)
+        chosen = _elements(arguments["chosen"])
+        return chosen * sum(math.prod(_sizes(arguments[name])[1:]) for name in ("up", "down"))
     if op is None or op.state is None:
         return 0
     # One token's query against `context` keys, or as many as a window holds.
     arguments = op.bind(node.args, node.kwargs)
-    query, value = _sizes(arguments["query"], shapes), _sizes(arguments["value"], shapes)
+    query, value = _sizes(arguments["query"]), _sizes(arguments["value"])
     keys = min(context, arguments["window"]) if arguments["window"] else context
     return query[1] * keys * (query[3] + value[3])
 
 
-def _elements(node: fx.Node, shapes: ShapeContext) -> int:
-    total = 1
-    for size in _sizes(node, shapes):
-        total *= size
-    return total
+def _elements(node: fx.Node) -> int:
+    return math.prod(_sizes(node))
 
 
-def _sizes(node: Any, shapes: ShapeContext) -> list[int]:
+def _sizes(node: Any) -> list[int]:
     """The shape of a node's value for one sequence and one new token."""
     sizes = []
     for size in node.meta["val"].shape:
         if isinstance(size, torch.SymInt):
-            one: dict[sympy.Basic, int] = {symbol: 1 for symbol in shapes.names}
+            # Sizes that depend on values, as tokens for one expert do, count as one too.
+            one: dict[sympy.Basic, int] = {symbol: 1 for symbol in size.node.expr.free_symbols}
             sizes.append(int(size.node.expr.subs(one)))
         else:
             sizes.append(int(size))

@@ -42,6 +42,14 @@ def test_windows_bound_the_keys() -> None:
     assert [after - before for before, after in pairwise(work)] == [2 * 4 * 2 * 4, 95 * 4 * 4, 900 * 4 * 4]
 
 
+def test_only_chosen_experts_cost_anything() -> None:
+    cost = program_cost(canonical("mixtral"), context=0)
+    experts = 3 * 64 * 128
+    layer = LAYER - experts + 4 * 64  # attention and the router
+    assert cost.macs_per_token == 2 * (layer + 2 * experts) + WORDS
+    assert cost.parameters > 2 * (layer + 4 * experts)
+
+
 def test_products_that_are_not_linear_layers() -> None:
     two = Two(lambda self, x, y: x @ y)
     program = capture(two, (torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)), dims={"x": {0: "B", 1: "T"}, "y": {0: "B"}})
