@@ -7,25 +7,27 @@ tied back to the model's own tensors by qualified name.
 
 import copy
 import inspect
+import logging
 import re
-import traceback
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from skink.errors import CaptureError
 from skink.graph.lift import lift
 from skink.graph.program import Input, Program
 from skink.graph.propagate import prime_sizes, propagate
+from skink.graph.provenance import source_line
 
 Dims = Mapping[str, Mapping[int, str]]
 
@@ -41,6 +43,8 @@ class Subject:
         model: the caller's own module, whose tensors the graph will hold.
         cast: the dtype that trained weights have while exporting. Where it is not the model's own, every cast to it in
             the graph is read as "cast to whatever the weights are", so that the program runs in any dtype.
+        output: the name of what forward returns; "" for `output_0` and so on.
+        positional: forward takes any number of inputs, without names.
     """
 
     module: nn.Module
@@ -48,33 +52,48 @@ class Subject:
     prefix: str
     model: nn.Module
     cast: torch.dtype | None = None
+    output: str = ""
+    positional: bool = False
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     *,
     dims: Dims | None = None,
+    strict: bool = False,
 ) -> Program:
     """A model as a program, at stage `captured`.
 
     Args:
-        model: a Hugging Face decoder (then nothing else is needed: inputs are `input_ids`, `attention_mask` and
-            `position_ids`, all int64[B, T]), or any module whose forward takes tensors.
+        model: a Hugging Face decoder or encoder (then nothing else is needed: inputs are those of `input_ids`,
+            `attention_mask`, and a decoder's `position_ids` or an encoder's `token_type_ids` that it takes, all
+            int64[B, T]; the output is `logits`, or `last_hidden_state` of a model without a head), or any module whose
+            forward takes tensors, a `fx.GraphModule` among them, or an `ExportedProgram` (then no example inputs are
+            needed; for a graph from dynamo see `program_from_dynamo`).
         example_inputs: for other modules, tensors of the shapes and dtypes that forward takes; values are not used.
         dims: for other modules, names of symbolic dims by input and axis, as `{"x": {0: "B", 1: "T"}}`. Dims of one
             name have one size. Without it axis 0 of every input is `B`, and axis 1 is `T` where there are further axes
             or the input is of integers.
+        strict: read the model's Python by dynamo rather than run it: slower, and some models need the one or the other.
 
     Raises:
         CaptureError: CAPTURE-001 inputs share memory, -002 export failed (with the source line), -003 unknown mask,
-            -004 not a language model, -005 example inputs that do not fit.
+            -004 no decoder or encoder of text, -005 example inputs that do not fit, -006 random numbers are drawn.
     """
-    if example_inputs is None:
-        from skink.graph.huggingface import huggingface_subject
+    from skink.graph.frontends import Replay, program_from_exported
 
-        return _capture(huggingface_subject(model))
-    return _capture(_module_subject(model, example_inputs, dims))
+    run = partial(_capture, strict=strict)
+    if isinstance(model, ExportedProgram):
+        return program_from_exported(model, dims=dims)
+    if example_inputs is None:
+        from skink.graph.huggingface import capture_huggingface
+
+        return capture_huggingface(model, run)
+    subject = _module_subject(model, example_inputs, dims)
+    if isinstance(model, fx.GraphModule):
+        subject = replace(subject, module=Replay(model), prefix="graph_module.", positional=True)
+    return run(subject)
 
 
 def _module_subject(
@@ -188,11 +207,12 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
     return copy.deepcopy(model, memo).eval()
 
 
-def _capture(subject: Subject) -> Program:
+def _capture(subject: Subject, *, strict: bool = False, longest: Mapping[str, int] | None = None) -> Program:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     # A size of one would be taken for a constant, so every one is larger.
     sizes = prime_sizes((dim for entry in subject.inputs for dim in entry.dims), first=3, apart=4)
-    dims = {name: torch.export.Dim(name, min=1, max=2**31 - 1) for name in sizes}
+    limits = dict.fromkeys(sizes, 2**31 - 1) | dict(longest or {})
+    dims = {name: torch.export.Dim(name, min=1, max=limit) for name, limit in limits.items()}
     with mode:
         examples = [
             torch.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in entry.dims], dtype=entry.dtype)
@@ -203,44 +223,77 @@ def _capture(subject: Subject) -> Program:
         for entry in subject.inputs
     }
     try:
-        # On failure torch.export prints the graph so far, which says less than the error does.
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(StringIO()):
+        with torch.no_grad(), warnings.catch_warnings(), _quiet():
             # torch 2.13 copies its own deprecated objects.
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             exported = torch.export.export(
                 fake_copy(subject.module, mode, subject.cast),
-                args=(),
-                kwargs=dict(zip(shapes, examples, strict=True)),
-                dynamic_shapes=shapes,
-                strict=False,
+                args=tuple(examples) if subject.positional else (),
+                kwargs={} if subject.positional else dict(zip(shapes, examples, strict=True)),
+                dynamic_shapes={"inputs": tuple(shapes.values())} if subject.positional else shapes,
+                strict=strict,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            if any(_writes_in_place(node) for node in exported.graph.nodes):
-                # An empty table: nothing is decomposed, and in-place ops become functional ones.
-                exported = exported.run_decompositions({})
+            exported = without_writes(exported)
+        program = lift(exported, subject)
+        if longest:
+            program.origin["longest"] = dict(longest)
+        propagate(program)
     except CaptureError:
         raise
     except Exception as error:
+        found = _longest(error)
+        if found and longest is None:
+            return _capture(subject, strict=strict, longest=found)
         raise _explain(error, subject) from error
-    program = lift(exported, subject)
-    propagate(program)
     return program
 
 
-def _writes_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """On failure torch.export prints and logs the graph so far, which says less than the error does."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _longest(error: Exception) -> dict[str, int]:
+    """The largest sizes that a model has tables for (masks, positions), where they are all that export asks for."""
+    _, _, fixes = str(error).partition("Suggested fixes:\n")
+    lines = [line.strip() for line in fixes.partition("\n\n")[0].splitlines() if line.strip()]
+    found = [re.fullmatch(r"(\w+) = Dim\('\w+', max=(\d+)\)", line) for line in lines]
+    return {match[1]: int(match[2]) for match in found if match} if all(found) else {}
+
+
+def without_writes(exported: ExportedProgram) -> ExportedProgram:
+    """The same with functional operators in place of those that write to their arguments."""
+    targets = (node.target for node in exported.graph.nodes)
+    if not any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets):
+        return exported
+    with warnings.catch_warnings():
+        # torch 2.13 copies its own deprecated objects.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+        # An empty table: nothing is decomposed, and in-place ops become functional ones.
+        functional: ExportedProgram = exported.run_decompositions({})
+    return functional
 
 
 def _explain(error: Exception, subject: Subject) -> CaptureError:
     message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    fixed = isinstance(error, torch._dynamo.exc.UserError) and "Constraints violated" in str(error)
+    fixed = isinstance(error, torch._dynamo.exc.UserError) and (
+        "Constraints violated" in str(error) or "Specializations unexpectedly required" in str(error)
+    )
     # The second is how torch says that a symbolic size met a constant.
     if fixed or re.search(r"\d+ not in VR\[", message):
         reasons = [line.strip() for line in str(error).splitlines() if line.startswith("  - ")]
         return CaptureError(
             "CAPTURE-005",
             "a dim that was named symbolic has only one size in this model, or dims that must agree have two names.",
-            where=_source_line(error),
+            where=source_line(error),
             why="\n".join(reasons) or message,
             fix="leave that dim out of dims=, or give both dims one name.",
         )
@@ -254,22 +307,7 @@ def _explain(error: Exception, subject: Subject) -> CaptureError:
     return CaptureError(
         "CAPTURE-002",
         f"torch.export could not capture {type(subject.model).__name__}: {name}.",
-        where=_source_line(error),
+        where=source_line(error),
         why=message,
         fix=fix,
     )
-
-
-def _source_line(error: BaseException) -> str:
-    """The innermost line of the model's own code in the traceback."""
-    torch_folder = str(Path(torch.__file__).parent)
-    own_folder = str(Path(__file__).parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((torch_folder, own_folder)) and not frame.filename.startswith("<")
-    ]
-    if not frames:
-        return ""
-    frame = frames[-1]
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"

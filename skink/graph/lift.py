@@ -1,16 +1,17 @@
 """From an `ExportedProgram` to a `Program`: weights under their own names, without the exporter's bookkeeping."""
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from skink.errors import CaptureError
-from skink.graph.program import Program, Stage, store_weight
+from skink.graph.operators import draws_random_numbers
+from skink.graph.program import Program, Stage, is_taken, store_weight
+from skink.graph.provenance import provenance
 
 if TYPE_CHECKING:
     from skink.graph.capture import Subject
@@ -25,6 +26,13 @@ _ASSERTIONS = (
     aten.sym_constrain_range.default,
 )
 
+# A program is a function: what is yet to be written, in parts, begins as zeros.
+_UNDEFINED = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+
 
 def lift(exported: ExportedProgram, subject: "Subject") -> Program:
     """The exported graph as a program at stage `captured`."""
@@ -37,12 +45,9 @@ def lift(exported: ExportedProgram, subject: "Subject") -> Program:
 
     signature = {spec.arg.name: spec for spec in exported.graph_signature.input_specs if hasattr(spec.arg, "name")}
     weights: dict[str, fx.Node] = {}
-    for old in exported.graph.nodes:
-        if old.op != "placeholder":
-            continue
-        spec = signature[old.name]
-        if spec.kind is InputKind.USER_INPUT:
-            values[old] = graph.placeholder(old.name)
+    users = [old for old in exported.graph.find_nodes(op="placeholder") if _is_input(signature[old.name])]
+    for old, entry in zip(users, subject.inputs, strict=True):
+        values[old] = graph.placeholder(entry.name)
     for old in exported.graph.nodes:
         if old.op != "placeholder" or old in values:
             continue
@@ -74,7 +79,7 @@ def lift(exported: ExportedProgram, subject: "Subject") -> Program:
     _check_names(node.target for node in graph.nodes if node.op == "get_attr")
     graph.eliminate_dead_code()
     module = fx.GraphModule(root, graph)
-    names = ("logits",) if len(kept) == 1 and subject.prefix else tuple(f"output_{index}" for index in range(len(kept)))
+    names = (subject.output,) if subject.output else tuple(f"output_{index}" for index in range(len(kept)))
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     program = Program(
         graph_module=module,
@@ -88,6 +93,10 @@ def lift(exported: ExportedProgram, subject: "Subject") -> Program:
     )
     program.drop_unused_weights()
     return program
+
+
+def _is_input(spec: InputSpec) -> bool:
+    return spec.kind is InputKind.USER_INPUT
 
 
 def _results(exported: ExportedProgram, subject: "Subject") -> list[fx.Node]:
@@ -135,9 +144,8 @@ def _original_tensors(model: nn.Module) -> _Originals:
 
 
 def _check_names(names: Iterable[Any]) -> None:
-    taken = dir(fx.GraphModule(nn.Module(), fx.Graph()))
     for name in names:
-        if str(name).partition(".")[0] in taken:
+        if is_taken(str(name)):
             raise CaptureError(
                 "CAPTURE-002",
                 f"the weight {name!r} lies in a module whose name torch.fx keeps for itself.",
@@ -180,6 +188,7 @@ def _copy_nodes(
         elif old.op == "call_function":
             if old.target in _ASSERTIONS:
                 continue
+            _check_random(old, prefix)
             region = next((a for a in old.args if isinstance(a, fx.Node) and a in regions), None)
             if region is not None:
                 _check_region(old)
@@ -197,7 +206,10 @@ def _copy_nodes(
             new = graph.node_copy(old, lambda node: values[node])
             if new.target is aten.to.device:
                 _forget_device(new)
-            new.meta = _provenance(old, prefix)
+            elif new.target in _UNDEFINED:
+                new.target = _UNDEFINED[new.target]
+                new.kwargs = {name: value for name, value in new.kwargs.items() if name != "memory_format"}
+            new.meta = provenance(old, prefix)
             values[old] = new
         elif old.op == "output":
             return fx.map_arg(old.args[0], lambda node: values[node])
@@ -214,9 +226,23 @@ def _check_region(call: fx.Node) -> None:
     raise CaptureError(
         "CAPTURE-002",
         "the model turns autocast on inside forward." if autocast else f"the model calls {name}, a region of its own.",
-        where=_provenance(call, "").get("source", ""),
+        where=provenance(call, "").get("source", ""),
         fix="cast explicitly, or use another dtype for the whole model." if autocast else "write it with torch.where.",
     )
+
+
+def _check_random(call: fx.Node, prefix: str) -> None:
+    if isinstance(call.target, torch._ops.OpOverload):
+        schema = call.target._schema.arguments
+        given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | call.kwargs
+        if draws_random_numbers(call.target, given):
+            found = provenance(call, prefix)
+            raise CaptureError(
+                "CAPTURE-006",
+                f"the model draws random numbers ({call.target}), and a program gives the same at every call.",
+                where=", ".join(found[key] for key in ("module", "source") if found.get(key)),
+                fix="draw them outside and pass them in, or call model.eval() if they are for training only.",
+            )
 
 
 def _forget_device(cast: fx.Node) -> None:
@@ -231,28 +257,6 @@ def _is_item_of_region(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
         and isinstance(source, fx.Node)
         and isinstance(values.get(source), tuple | list)
     )
-
-
-def _provenance(node: fx.Node, prefix: str) -> dict[str, Any]:
-    """What is kept of the exporter's metadata: the module's qualified name and the source line."""
-    meta: dict[str, Any] = {}
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        meta["module"] = _unwrapped(next(reversed(stack.values()))[0], prefix)
-    trace = node.meta.get("stack_trace")
-    if trace:
-        frames = re.findall(r'File "(/[^"]*)", line (\d+)', trace)
-        # PyTorch's own layers are the innermost frames; the line that called them is what its author can change.
-        own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-        if own:
-            meta["source"] = f"{_portable_path(own[-1][0])}:{own[-1][1]}"
-    return meta
-
-
-def _portable_path(path: str) -> str:
-    """A source file without this machine's folders: below site-packages, or its last two parts."""
-    _, found, below = path.rpartition("/site-packages/")
-    return below if found else "/".join(path.split("/")[-2:])
 
 
 def _make_casts_follow_the_weights(graph: fx.Graph, dtype: torch.dtype, reference: fx.Node) -> None:

@@ -26,9 +26,10 @@ SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 
 _FACTORIES = frozenset({"arange", "full", "zeros", "ones", "empty", "scalar_tensor", "eye", "linspace"})
 # ATen's own underscored operators may trust their arguments and read past the end of memory; these are checked.
-_PRIVATE = frozenset(
-    {"_to_copy", "_unsafe_view", "_softmax", "_log_softmax", "_safe_softmax", "_grouped_mm", "_int_mm"}
-)
+_PRIVATE = frozenset({
+    "_to_copy", "_unsafe_view", "_softmax", "_log_softmax", "_safe_softmax", "_grouped_mm", "_int_mm",
+    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__",
+})  # fmt: skip
 _NATIVE_LIBRARIES = ("cudnn_", "miopen_", "mkldnn_", "fbgemm_", "quantized_")
 
 
@@ -71,6 +72,16 @@ def _is_allowed(overload: torch._ops.OpOverload) -> bool:
         return False
     takes_tensors = any("Tensor" in str(argument.type) for argument in schema.arguments)
     return takes_tensors or name in _FACTORIES
+
+
+def draws_random_numbers(target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call with these arguments, by name, draws random numbers: a dropout need not."""
+    if torch.Tag.nondeterministic_seeded not in target.tags and "dropout" not in target._schema.name:
+        return False
+    chance = arguments.get("dropout_p", arguments.get("p") if "dropout" in target._schema.name else None)
+    if chance is None and "dropout_p" in (argument.name for argument in target._schema.arguments):
+        chance = 0.0
+    return chance != 0 and not ("dropout" in target._schema.name and arguments.get("train") is False)
 
 
 def operator_name(target: Any) -> str:

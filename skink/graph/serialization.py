@@ -1,12 +1,12 @@
 """Program ↔ JSON: the graph without its weights, as plain data.
 
 Nothing in a file is ever executed or imported: operators are looked up by name in the allow-list of operators.py, and
-every other name in it is checked.
+every other name in it is checked (file_checks.py), since names go into the code that runs the graph. A file is refused,
+or gives a program that is well formed; whether its shapes fit together is found out when they are propagated.
 """
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from skink.errors import GraphError
+from skink.graph.file_checks import (
+    DEEPEST,
+    LARGEST,
+    RESERVED,
+    as_keyword,
+    as_list,
+    as_text,
+    as_weight_name,
+    check_arguments,
+    is_name,
+    require,
+    unique_keys,
+)
 from skink.graph.operators import find_operator, operator_name
 from skink.graph.program import Input, Program, Stage, StateInput, store_weight
 
@@ -63,7 +76,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "any_dtype": program.any_dtype,
         "origin": program.origin,
         "weights": {
-            _checked_name(name): {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            as_weight_name(name): {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in sorted(program.weights())
         },
         "nodes": nodes,
@@ -94,7 +107,7 @@ def program_from_json(data: Mapping[str, Any], weights: Mapping[str, Tensor] | N
 def load_graph(text: str, weights: Mapping[str, Tensor] | None = None) -> Program:
     """A program from JSON text; raises as `program_from_json`."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise GraphError(
             "GRAPH-001", "the graph is not JSON.", why=str(error), fix="write the folder again with skink compress."
@@ -105,31 +118,39 @@ def load_graph(text: str, weights: Mapping[str, Tensor] | None = None) -> Progra
 
 
 def _decode_program(data: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Program:
-    if data["format"] != FORMAT:
+    if type(data["format"]) is not int or data["format"] != FORMAT:
         raise GraphError(
             "GRAPH-001",
             f"the graph is of format {data['format']!r}; this Skink reads format {FORMAT}.",
             fix="update skink, or write the folder again.",
         )
-    buffers = frozenset(data["buffers"])
+    buffers = frozenset(as_text(name) for name in as_list(data["buffers"]))
     root = _decode_weights(data["weights"], buffers, weights)
-    aliases = {_checked_name(alias): name for alias, name in data["aliases"].items()}
-    _require(set(aliases.values()) <= set(data["weights"]), "a weight is tied to one that is not listed")
-    inputs = tuple(Input(str(e["name"]), _DTYPES[e["dtype"]], _decode_dims(e["dims"])) for e in data["inputs"])
-    state = tuple(StateInput(**(entry | {"shape": _decode_dims(entry["shape"])})) for entry in data["state"])
-    outputs = tuple(str(name) for name in data["outputs"])
+    aliases = {as_weight_name(alias): name for alias, name in data["aliases"].items()}
+    require(set(aliases.values()) <= set(data["weights"]), "a weight is tied to one that is not listed")
+    require(not set(aliases) & set(data["weights"]), "a weight that is listed is tied to another")
+    require(buffers <= set(data["weights"]), "a buffer is no weight")
+    inputs = tuple(
+        Input(as_text(entry["name"]), _DTYPES[entry["dtype"]], _decode_dims(entry["dims"]))
+        for entry in as_list(data["inputs"])
+    )
+    state = tuple(_decode_state(entry) for entry in as_list(data["state"]))
+    outputs = tuple(as_text(name) for name in as_list(data["outputs"]))
+    for names in ([entry.name for entry in inputs], [entry.name for entry in state], outputs):
+        require(len(set(names)) == len(names), "two inputs or outputs have one name")
+    require(isinstance(data["any_dtype"], bool) and isinstance(data["origin"], dict), "a field has another type")
     graph = _decode_nodes(data["nodes"], data["weights"])
     placeholders = graph.find_nodes(op="placeholder")
-    _require(len(placeholders) == len(inputs) + len(state), "placeholders and inputs differ in number")
-    _require(len(graph.output_node().args[0]) == len(outputs) + len(state), "results and outputs differ in number")  # type: ignore[arg-type]
+    require(len(placeholders) == len(inputs) + len(state), "placeholders and inputs differ in number")
+    require(len(graph.output_node().args[0]) == len(outputs) + len(state), "results and outputs differ in number")  # type: ignore[arg-type]
     return Program(
         graph_module=fx.GraphModule(root, graph),
         inputs=inputs,
         outputs=outputs,
         buffers=buffers,
         aliases=aliases,
-        any_dtype=bool(data["any_dtype"]),
-        stage=Stage[str(data["stage"]).upper()],
+        any_dtype=data["any_dtype"],
+        stage={str(stage): stage for stage in Stage}[data["stage"]],
         state=state,
         origin=dict(data["origin"]),
     )
@@ -138,7 +159,8 @@ def _decode_program(data: Mapping[str, Any], weights: Mapping[str, Tensor]) -> P
 def _decode_weights(listed: Mapping[str, Any], buffers: frozenset[str], weights: Mapping[str, Tensor]) -> nn.Module:
     root = nn.Module()
     for name, described in listed.items():
-        shape = list(described["shape"])
+        shape = [size for size in _decode_dims(described["shape"]) if isinstance(size, int)]
+        require(len(shape) == len(described["shape"]), "a weight has a symbolic dim")
         tensor = weights.get(name)
         if tensor is None:
             tensor = torch.empty(shape, dtype=_DTYPES[described["dtype"]], device="meta")
@@ -148,15 +170,25 @@ def _decode_weights(listed: Mapping[str, Any], buffers: frozenset[str], weights:
                 f"the weight {name!r} has shape {list(tensor.shape)}, and the graph was written for {shape}.",
                 fix="weights and graph belong to different models; write the folder again with skink compress.",
             )
-        store_weight(root, _checked_name(name), tensor, buffer=name in buffers)
+        store_weight(root, as_weight_name(name), tensor, buffer=name in buffers)
     return root
 
 
 def _decode_dims(dims: Sequence[Any]) -> tuple[int | str, ...]:
-    for dim in dims:
-        known = dim.isidentifier() if isinstance(dim, str) else isinstance(dim, int) and dim >= 0
-        _require(known, f"{dim!r} is not a dim")
+    for dim in as_list(dims):
+        known = is_name(dim) if isinstance(dim, str) else type(dim) is int and 0 <= dim <= LARGEST
+        require(known, f"{dim!r} is not a dim")
     return tuple(dims)
+
+
+def _decode_state(entry: Mapping[str, Any]) -> StateInput:
+    state = StateInput(**{**entry, "shape": _decode_dims(entry["shape"])})
+    require(state.growth in ("append", "ring", "fixed"), f"{state.growth!r} is no kind of state")
+    numbers = (state.layer, state.axis, state.limit)
+    require(all(type(n) is int and 0 <= n <= LARGEST for n in numbers), "a number of the state is out of range")
+    require(state.axis < len(state.shape), "a state has no such axis")
+    as_text(state.name)
+    return state
 
 
 def _decode_nodes(entries: Sequence[Mapping[str, Any]], weights: Mapping[str, Any]) -> fx.Graph:
@@ -171,49 +203,35 @@ def _decode_nodes(entries: Sequence[Mapping[str, Any]], weights: Mapping[str, An
             readers[name] = graph.get_attr(name)
         return readers[name]
 
-    for entry in entries:
-        name, kind = str(entry["name"]), entry["op"]
-        _require(name.isidentifier() and name not in nodes, f"{name!r} is not a node's name, or there are two")
-        _require("output" not in nodes, "something follows the output")
+    for entry in as_list(entries):
+        name, kind = entry["name"], entry["op"]
+        require(is_name(name) and name not in nodes, f"{name!r} is not a node's name, or there are two")
+        require("output" not in nodes, "something follows the output")
         if kind == "placeholder":
-            target = str(entry["target"])
-            _require(target.isidentifier() and target != "self", f"{target!r} is not an input's name")
+            target = entry["target"]
+            require(is_name(target) and target not in RESERVED, f"{target!r} is not an input's name")
             node = graph.create_node("placeholder", target, name=name)
         elif kind == "call_function":
             function = find_operator(entry["target"])
-            args = _decode(entry["args"], nodes, weight)
-            kwargs = {_keyword(function, key): _decode(value, nodes, weight) for key, value in entry["kwargs"].items()}
-            node = graph.create_node("call_function", function, tuple(args), kwargs, name=name)
+            args = tuple(_decode(as_list(entry["args"]), nodes, weight))
+            kwargs = {
+                as_keyword(function, key): _decode(value, nodes, weight) for key, value in entry["kwargs"].items()
+            }
+            check_arguments(function, args, kwargs)
+            node = graph.create_node("call_function", function, args, kwargs, name=name)
         elif kind == "output":
-            (results,) = _decode(entry["args"], nodes, weight)
-            _require(all(isinstance(result, fx.Node) for result in results), "a result is no node")
+            (results,) = _decode(as_list(entry["args"]), nodes, weight)
+            require(
+                isinstance(results, list) and all(isinstance(result, fx.Node) for result in results),
+                "a result is no node",
+            )
             name, node = "output", graph.output(tuple(results))
         else:
             raise GraphError("GRAPH-001", f"a node of kind {kind!r} is not allowed.")
-        node.meta = {key: str(entry[key]) for key in ("module", "source", "rule") if key in entry}
+        node.meta = {key: as_text(entry[key]) for key in ("module", "source", "rule") if key in entry}
         nodes[name] = node
     graph.lint()
     return graph
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise ValueError(otherwise)
-
-
-def _keyword(target: Callable[..., Any], name: str) -> str:
-    """`name`, where it is an argument of the operator: names go into the code that runs the graph."""
-    known = isinstance(target, torch._ops.OpOverload) and any(a.name == name for a in target._schema.arguments)
-    if not known:
-        raise GraphError("GRAPH-001", f"{target} has no argument {name!r}.")
-    return name
-
-
-def _checked_name(name: str) -> str:
-    """`name`, where it is one that a weight can have: names go into the code that runs the graph."""
-    if not re.fullmatch(r"(?!__)[\w-]+(\.(?!__)[\w-]+)*", name):
-        raise GraphError("GRAPH-001", f"{name!r} is not a weight's name.")
-    return name
 
 
 def _input_to_json(entry: Input) -> dict[str, Any]:
@@ -242,9 +260,10 @@ def _encode(value: Any) -> Any:
     raise GraphError("GRAPH-001", f"an argument of type {type(value).__name__} cannot be written to a graph file.")
 
 
-def _decode(value: Any, nodes: Mapping[str, fx.Node], weight: Callable[[str], fx.Node]) -> Any:
+def _decode(value: Any, nodes: Mapping[str, fx.Node], weight: Callable[[str], fx.Node], depth: int = 0) -> Any:
     if isinstance(value, list):
-        return [_decode(entry, nodes, weight) for entry in value]
+        require(depth < DEEPEST, "arguments are nested too deep")
+        return [_decode(entry, nodes, weight, depth + 1) for entry in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

@@ -10,18 +10,22 @@ puts what it remembers before them, and hands back what to remember next:
 Law: full sequence = any chunking = step by step. With an empty past the step graph is the full graph.
 """
 
+import operator
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
 from skink.errors import StateError
+from skink.graph.mixing import token_mixing
 from skink.graph.pattern import through_casts
 from skink.graph.program import Input, Program, Stage, StateInput
 from skink.graph.propagate import dim_text, propagate, shape_context
 from skink.graph.rewriter import Rewriter, describe
+from skink.graph.text import target_name
 from skink.kernels import OpDef, StateTensor, find_op
 
 aten = torch.ops.aten
-_COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _END = torch.iinfo(torch.int64).max
 
 # The input that says which tokens are padding; in the step graph it covers the past too.
@@ -36,8 +40,8 @@ def derive_step(program: Program) -> Program:
     `present....`.
 
     Raises:
-        StateError: STATE-001 where the padding mask is used by anything but an op that declares state, where such an
-            op cannot be stepped, or where positions are counted in the graph.
+        StateError: STATE-001 where the padding mask is used by anything but an op that declares state, or where such an
+            op cannot be stepped; STATE-002 where anything else mixes tokens, or counts their positions.
     """
     stepped = program.clone()
     shape_context(stepped)
@@ -46,7 +50,8 @@ def derive_step(program: Program) -> Program:
         (node, op) for node in stepped.graph.nodes if (op := find_op(node.target)) is not None and op.state is not None
     ]
     _check_mask_users(stepped, {node for node, _ in owners})
-    _check_positions(stepped)
+    counts = counted_positions(stepped)
+    _check_mixing(stepped, counts)
     names = shape_context(stepped)
     last_input = stepped.graph.find_nodes(op="placeholder")[-1]
     states: list[StateInput] = []
@@ -77,6 +82,8 @@ def derive_step(program: Program) -> Program:
             presents.append(present)
             _set_argument(node, op, tensor.argument, joined)
             rewriter.record(node, rule=f"state-{tensor.growth}", detail=state.name)
+    for count in counts:
+        _count_on(rewriter, count)
     output = stepped.graph.output_node()
     output.args = ((*output.args[0], *presents),)  # type: ignore[misc]
     stepped.inputs = tuple(
@@ -142,16 +149,62 @@ def _check_mask_users(program: Program, owners: set[fx.Node]) -> None:
         )
 
 
-def _check_positions(program: Program) -> None:
-    """Positions counted from the number of tokens would begin anew at every step."""
+def counted_positions(program: Program) -> list[fx.Node]:
+    """The nodes `arange(T)`, which count the tokens of a whole sequence from its beginning, padding too."""
+    names = shape_context(program)
+    placeholders = {node.target for node in program.graph.find_nodes(op="placeholder")}
+    if not {"input_ids", PADDING_INPUT} <= placeholders:
+        return []
+    found = []
     for node in program.graph.nodes:
-        if node.target in _COUNTS and isinstance(node.meta["val"].shape[0], torch.SymInt):
-            raise StateError(
-                "STATE-001",
-                "positions are counted from the number of tokens, and a step sees the new tokens only.",
-                where=describe(node),
-                fix="take positions as an input, position_ids.",
-            )
+        begin = {aten.arange.default: (), aten.arange.start: (0,), aten.arange.start_step: (0,)}.get(node.target)
+        if begin is None or node.args[: len(begin)] != begin or node.args[len(begin) + 1 :] not in ((), (1,)):
+            continue
+        value = node.meta["val"]
+        if value.dtype is torch.int64 and dim_text(names, value.shape[0]) == "T":
+            found.append(node)
+    return found
+
+
+def _count_on(rewriter: Rewriter, count: fx.Node) -> None:
+    """Count from the end of the past: the padding mask covers past and new tokens, and so ends where they end."""
+    (ids,), (mask,) = (
+        rewriter.program.graph.find_nodes(op="placeholder", target=name) for name in ("input_ids", PADDING_INPUT)
+    )
+    with rewriter.before(count.next):
+        everything = rewriter.call(aten.sym_size.int, mask, 1)
+        new = rewriter.call(aten.sym_size.int, ids, 1)
+        past = rewriter.call(operator.sub, everything, new)
+        position = rewriter.call(aten.add.Tensor, count, past)
+    count.replace_all_uses_with(position, delete_user_cb=lambda user: user is not position)
+    rewriter.record(position, rule="count-on")
+
+
+def _check_mixing(program: Program, positions: Sequence[fx.Node]) -> None:
+    """Nothing but operators that declare state may let one token's result depend on another token."""
+    mixing = token_mixing(program, positions)
+    if not mixing.origins:
+        return
+    live = _read_by_results(program)
+    node = next((origin for origin in mixing.origins if origin in live), None)
+    if node is not None:
+        name = f"the input {node.target}" if node.op == "placeholder" else target_name(node.target)
+        raise StateError(
+            "STATE-002",
+            f"{name} mixes tokens, or is not known not to, and only an operator that declares state can be stepped.",
+            where=describe(node),
+            why=mixing.mixes[node],
+            fix="let each token be treated by itself outside of attention, with positions from position_ids.",
+        )
+
+
+def _read_by_results(program: Program) -> set[fx.Node]:
+    """The nodes that some result depends on."""
+    live: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "output" or node in live:
+            live.update(node.all_input_nodes)
+    return live
 
 
 def without_padding(program: Program) -> Program:

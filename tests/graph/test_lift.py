@@ -122,3 +122,16 @@ def test_a_weight_used_by_two_modules_and_a_module_used_twice() -> None:
     program = capture(module, (X, X.clone()))
     assert [name for name, _ in program.weights()] == ["one.weight", "one.bias"]
     torch.testing.assert_close(program(X, 2 * X)[0], results(module, X, 2 * X)[0])
+
+
+def in_parts(self: Any, x: Tensor) -> Tensor:
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    result.copy_(x.new_empty(x.shape) * 0 + torch.empty(4))
+    result[..., :2] = x[..., 2:]
+    return result
+
+
+def test_values_that_are_yet_to_be_written_begin_as_zeros() -> None:
+    program = capture(One(in_parts, layer=nn.Linear(4, 4)), (X,))
+    assert not [node for node in program.graph.nodes if "empty" in str(node.target)]
+    assert torch.equal(program(X)[0], torch.cat([X[..., 2:], torch.zeros_like(X[..., 2:])], -1))

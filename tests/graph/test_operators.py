@@ -1,12 +1,13 @@
 """The allow-list of operators."""
 
 import operator
+from typing import Any
 
 import pytest
 import torch
 
 from skink.errors import GraphError
-from skink.graph.operators import SIZE_FUNCTIONS, find_operator, operator_name
+from skink.graph.operators import SIZE_FUNCTIONS, draws_random_numbers, find_operator, operator_name
 from skink.kernels import OPS
 
 aten = torch.ops.aten
@@ -19,6 +20,7 @@ aten = torch.ops.aten
         aten.linear.default,
         aten.arange.start,
         aten._to_copy.default,
+        aten.__and__.Tensor,
         aten.split.Tensor,
         operator.getitem,
     ]
@@ -63,3 +65,21 @@ def test_a_misspelt_op_is_suggested() -> None:
     ) as caught:
         find_operator("skink.atention.default")
     assert "did you mean 'skink.attention.default'?" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "draws"),
+    [
+        (aten.add.Tensor, {}, False),
+        (aten.rand_like.default, {}, True),
+        (aten.bernoulli.p, {"p": 0.0}, True),
+        (aten.dropout.default, {"p": 0.5, "train": True}, True),
+        (aten.dropout.default, {"p": 0.5, "train": False}, False),
+        (aten.dropout.default, {"p": 0.0, "train": True}, False),
+        (aten.native_dropout.default, {"p": 0.5, "train": True}, True),
+        (aten.scaled_dot_product_attention.default, {}, False),
+        (aten.scaled_dot_product_attention.default, {"dropout_p": 0.5}, True),
+    ],
+)
+def test_what_draws_random_numbers(target: torch._ops.OpOverload, arguments: dict[str, Any], draws: bool) -> None:
+    assert draws_random_numbers(target, arguments) is draws

@@ -11,7 +11,7 @@ from skink.graph.capture import capture
 from skink.graph.program import Program, Stage
 from skink.graph.state import derive_step, without_padding
 from tests.graph.stepping import empty_state, step_through
-from tests.programs import batch, canonical, distance, eager, eager_logits
+from tests.programs import batch, canonical, canonicalized, distance, eager, eager_logits
 
 
 def test_chunks_equal_transformers(family: str) -> None:
@@ -72,6 +72,33 @@ def test_without_padding_no_op_reads_the_mask() -> None:
     stepped = derive_step(plain)
     logits, _ = step_through(stepped, inputs, [3, 6], empty_state(stepped, 2))
     torch.testing.assert_close(logits, program(*inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+class Places(nn.Module):
+    """Counts the tokens of a text itself, padding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(97, 4), nn.Embedding(32, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]) + 2)
+        heads = x[:, None]
+        return torch.ops.skink.attention(heads, heads, heads, attention_mask.to(torch.bool), scale=0.5)[:, 0]
+
+
+def test_counting_goes_on_from_the_past() -> None:
+    inputs = batch(2, 9, padding=3)
+    program, _ = canonicalized(Places(), inputs.input_ids, inputs.attention_mask)
+    stepped = derive_step(program)
+    state, parts = empty_state(stepped, 2), []
+    for begin, end in ((0, 4), (4, 5), (5, 9)):
+        part = inputs.part(begin, end)
+        result, *state = stepped(part.input_ids, part.attention_mask, *state)
+        parts.append(result)
+    whole = program(inputs.input_ids, inputs.attention_mask)[0]
+    assert distance(torch.cat(parts, 1), whole, inputs.attention_mask) < 1e-6
+    assert [edit.rule for edit in stepped.edits if edit.rule == "count-on"] == ["count-on"]
 
 
 class Mixer(nn.Module):
@@ -141,17 +168,11 @@ def reads_mask(self: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tens
     return hidden, hidden, hidden
 
 
-def counts_positions(self: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = x + torch.arange(x.shape[2])[:, None]
-    return hidden, hidden, hidden
-
-
 @pytest.mark.parametrize(
     ("heads", "options", "message"),
     [
         (reads_mask, {}, "attention_mask is read by aten.slice.Tensor|attention_mask is read by aten.unsqueeze"),
         (lambda self, x, mask: (x, x, x), {"causal": False}, "attention is not causal: tokens to come would change"),
-        (counts_positions, {}, "positions are counted from the number of tokens"),
     ],
 )
 def test_graphs_that_cannot_be_stepped_are_refused(heads: Any, options: dict[str, Any], message: str) -> None:

@@ -22,7 +22,7 @@ from skink.export.huggingface.checkpoint import (
     refuse_partial_load,
 )
 from skink.export.huggingface.config import SkinkConfig
-from skink.export.huggingface.functions import Functions, without_weights
+from skink.export.huggingface.functions import Functions
 from skink.graph.emit import build_tree, linear_owner, tied_names
 from skink.graph.program import Program
 from skink.graph.serialization import program_to_json
@@ -58,7 +58,7 @@ class SkinkPreTrainedModel(PreTrainedModel):
             )
         super().__init__(config)
         if program.is_meta:
-            program = without_weights(program, torch.get_default_dtype())
+            program = program.with_dtype(torch.get_default_dtype(), shapes_only=True)
         tree = build_tree([program], copy=copy)
         for name, child in tree.named_children():
             self.add_module(name, child)

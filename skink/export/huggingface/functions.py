@@ -12,32 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from skink.errors import ModelError
 from skink.export.huggingface.cache import StateBuffer
 from skink.graph.emit import bind
+from skink.graph.last_token import head_input, last_token_only
 from skink.graph.program import Program, StateInput
 from skink.graph.serialization import program_from_json, program_to_json
-from skink.graph.state import derive_step, without_padding
-from skink.kernels import RMS_NORM
+from skink.graph.state import counted_positions, derive_step, without_padding
 from skink.passes.lower import lower
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
 
-# What may lie between the last layer and the logits and treats every token alike.
-_TOKENWISE = frozenset(
-    {
-        RMS_NORM.overload,
-        aten.layer_norm.default,
-        aten.mul.Tensor,
-        aten.div.Tensor,
-        aten.mul.Scalar,
-        aten.div.Scalar,
-        aten.tanh.default,
-        aten.to.dtype,
-        aten.type_as.default,
-        aten.alias.default,
-    }
-)
+# What a decoder's forward is given.
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -57,10 +45,26 @@ class Functions:
     """The functions of one program, which take the module tree that holds its weights: `function(tree, *inputs)`.
 
     Inputs are the program's, in order; a step's are followed by its state, and its results by the new state.
+
+    Args:
+        program: the full-sequence graph.
+
+    Raises:
+        ModelError: MODEL-005 where it takes something that decoders do not.
     """
 
     def __init__(self, program: Program) -> None:
-        self.program = without_weights(program, program.dtype)
+        self.program = program.with_dtype(program.dtype, shapes_only=True)
+        self.inputs = tuple(entry.name for entry in program.inputs)
+        others = [name for name in self.inputs if name not in _INPUTS]
+        if others:
+            raise ModelError(
+                "MODEL-005",
+                f"the graph takes {', '.join(others)}, which no decoder is given.",
+                why="the Hugging Face form is a decoder's, and this looks like an encoder.",
+                fix="export it with skink.export_onnx, or run program.module().",
+            )
+        self.counts = bool(counted_positions(self.program))
         self.bound: dict[Variant, Function] = {}
         self._graphs: dict[tuple[bool, torch.dtype], Program] = {}
         self._lowered: dict[Variant, tuple[Program, fx.Node]] = {}
@@ -86,7 +90,7 @@ class Functions:
         with self._lock:
             key = (step, dtype)
             if key not in self._graphs:
-                full = without_weights(self.program, dtype)
+                full = self.program.with_dtype(dtype, shapes_only=True)
                 self._graphs[key] = derive_step(full) if step else full
             return self._graphs[key]
 
@@ -114,39 +118,6 @@ class Functions:
 
 def _restore(data: dict[str, Any]) -> Functions:
     return Functions(program_from_json(data))
-
-
-def without_weights(program: Program, dtype: torch.dtype) -> Program:
-    """A copy of the graph whose weights have shapes and no values; trained ones are of `dtype`."""
-    clone = program.clone()
-    for name, tensor in list(clone.weights()):
-        trained = name not in clone.buffers and tensor.is_floating_point()
-        empty = torch.empty(tensor.shape, dtype=dtype if trained else tensor.dtype, device="meta")
-        clone.set_weight(name, empty, buffer=name in clone.buffers)
-    return clone
-
-
-def head_input(program: Program) -> fx.Node:
-    """The node [B, T, ...] after which every token is treated by itself, up to the logits [B, T, V]."""
-    node: fx.Node = program.graph.output_node().args[0][0]  # type: ignore[index, assignment]
-    while node.target is aten.linear.default or node.target in _TOKENWISE:
-        below = node.args[0]
-        alone = all(other is below or other.op == "get_attr" for other in node.all_input_nodes)
-        if not isinstance(below, fx.Node) or not alone or len(below.users) != 1:
-            break
-        node = below
-    return node
-
-
-def last_token_only(program: Program, cut: fx.Node) -> Program:
-    """The program with logits [B, 1, V] of the last token; what comes after `cut` is not computed for the others."""
-    clone = program.clone()
-    before = list(clone.graph.nodes)[list(program.graph.nodes).index(cut)]
-    with clone.graph.inserting_after(before):
-        last = clone.graph.call_function(aten.slice.Tensor, (before, 1, -1, torch.iinfo(torch.int64).max))
-    before.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
-    clone.graph_module.recompile()
-    return clone
 
 
 def state_in_place(program: Program) -> Program:

@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
@@ -65,6 +73,7 @@ def load_source(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    encoders: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A decoder to work on, in eval mode, and its tokenizer, or None where the checkpoint has none.
 
@@ -72,6 +81,7 @@ def load_source(
         name_or_path: a hub id, a checkpoint's folder, a Skink folder, or `stdlib-llama`, the model that ships.
         dtype: as in `load`.
         device: as in `load`.
+        encoders: load encoders too, as the class that they were saved from.
 
     Raises:
         ModelError: MODEL-001 no such checkpoint, -002 weights missing or damaged, -003 it needs pickles or code.
@@ -82,7 +92,7 @@ def load_source(
     if values["model_type"] == SkinkConfig.model_type:
         model: PreTrainedModel = load(name, device=target, dtype=dtype)
     else:
-        model = _load_huggingface(name, values, _choose_dtype(dtype, values, target))
+        model = _load_huggingface(name, values, _choose_dtype(dtype, values, target), encoders=encoders)
         nn.Module.to(model, target)
     return model.eval(), _load_tokenizer(name)
 
@@ -147,18 +157,31 @@ def _refuse_code(name: str, values: dict[str, Any]) -> None:
     )
 
 
-def _load_huggingface(name: str, values: dict[str, Any], dtype: torch.dtype | str) -> PreTrainedModel:
+def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that an encoder's checkpoint was saved from; None for a decoder's, and where it says nothing of it."""
+    if config.is_encoder_decoder or not config.architectures:
+        return None
+    named = getattr(transformers, config.architectures[0], None)
+    encodes = isinstance(named, type) and issubclass(named, PreTrainedModel) and not named.can_generate()
+    return named if encodes else None
+
+
+def _load_huggingface(
+    name: str, values: dict[str, Any], dtype: torch.dtype | str, *, encoders: bool
+) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    encoder = encoder_class(config) if encoders else None
+    if encoder is None and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
             "MODEL-001",
             f"{name!r} is a {values['model_type']} model, which is not a causal language model.",
             fix="give a decoder: a model that AutoModelForCausalLM loads.",
         )
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    from_pretrained: Any = (encoder or AutoModelForCausalLM).from_pretrained
+    code = {} if encoder else {"trust_remote_code": False}
     try:
         model, info = from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **code
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise explain_load(name, error) from error

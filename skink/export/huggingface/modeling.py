@@ -72,6 +72,8 @@ class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
         mask = None
         if padded and attention_mask is not None:
             mask = attention_mask.to(torch.int64).expand(batch, -1)
+        elif cache is not None and self._functions.counts:
+            mask = input_ids.new_ones((batch, past + tokens))
         if position_ids is None:
             position_ids = _positions(mask, input_ids, past)
         elif position_ids.shape[0] != batch:
@@ -82,13 +84,15 @@ class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
         else:
             last_only = False
         function, in_place = self._function(step=cache is not None, padded=padded, last_only=last_only)
+        given = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        inputs = [given[name] for name in self._functions.inputs]
         if cache is None:
-            logits = function(self, input_ids, mask, position_ids)[0]
+            logits = function(self, *inputs)[0]
         elif in_place:
-            logits = function(self, input_ids, mask, position_ids, *cache.buffers)[0]
+            logits = function(self, *inputs, *cache.buffers)[0]
             cache.seen += tokens
         else:
-            logits, *state = function(self, input_ids, mask, position_ids, *cache.tensors)
+            logits, *state = function(self, *inputs, *cache.tensors)
             cache.replace(state)
             cache.seen += tokens
         if isinstance(logits_to_keep, Tensor):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from skink.errors import ModelError, OptionError
 from skink.export.huggingface import SkinkForCausalLM, load, load_source
+from skink.export.huggingface.loading import encoder_class
 from tests.export.huggingface.built import factored_model, fingerprint, word_tokenizer
 from tests.models import tiny
 from tests.programs import batch
@@ -184,3 +186,28 @@ def test_a_model_type_that_nobody_knows_is_refused(llama_folder: Path) -> None:
 def test_a_model_that_is_no_decoder_is_refused(llama_folder: Path) -> None:
     change_config(llama_folder, model_type="vit")
     assert "is a vit model, which is not a causal language model" in refused(llama_folder, "MODEL-001").what
+
+
+@pytest.mark.parametrize(
+    ("classes", "found"),
+    [
+        (["BertModel"], BertModel),
+        (["BertForMaskedLM"], BertForMaskedLM),
+        (["BertLMHeadModel"], None),
+        (["NoSuchModel"], None),
+        (["BertConfig"], None),
+        (None, None),
+    ],
+)
+def test_encoders_are_known_by_what_they_were_saved_from(classes: list[str] | None, found: type | None) -> None:
+    assert encoder_class(BertConfig(architectures=classes)) is found
+
+
+def test_an_encoder_is_loaded_where_it_is_wanted(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    model, tokenizer = load_source(tmp_path, encoders=True)
+    assert type(model) is BertModel
+    assert tokenizer is None
+    with pytest.raises(ModelError, match="weights of the model are not in the checkpoint"):
+        load_source(tmp_path)

@@ -1,12 +1,23 @@
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, TextStreamer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    TextStreamer,
+    pipeline,
+)
 
 from skink.errors import ModelError
-from skink.export.huggingface import SkinkCache
+from skink.export.huggingface import SkinkCache, to_huggingface
+from skink.graph.capture import capture
+from skink.graph.pipeline import Pipeline
+from skink.passes.canonicalize import Canonicalize
 from tests.export.huggingface.built import (
     factored_model,
     fingerprint,
@@ -275,3 +286,33 @@ def test_a_copy_of_a_model_gives_the_same_and_is_its_own() -> None:
         model.get_output_embeddings().weight.zero_()
         assert not model(tokens).logits.any()
         assert torch.equal(skink_model("llama")(tokens).logits, expected)
+
+
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4, "is_decoder": True}
+BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("bart", BART | {"is_encoder_decoder": False}), ("bloom", BLOOM)])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_models_that_count_positions_or_need_none(kind: str, options: dict[str, Any], padding: int) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, max_position_embeddings=64, **options)
+    source = AutoModelForCausalLM.from_config(config).eval()
+    program = capture(source)
+    Pipeline((Canonicalize(),)).run(program)
+    model = to_huggingface(program, source.config)
+    inputs = batch(2, 7, padding=padding)
+    given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    with torch.no_grad():
+        cache, parts = None, []
+        for begin, end in ((0, 4), (4, 5), (5, 7)):
+            part = inputs.part(begin, end)
+            output = model(part.input_ids, part.attention_mask, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        assert distance(torch.cat(parts, 1), source(**given).logits, inputs.attention_mask) < 1e-5
+    plain = GenerationConfig(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    source.generation_config = GenerationConfig()
+    assert torch.equal(
+        model.generate(**given, generation_config=plain), source.generate(**given, generation_config=plain)
+    )
