@@ -11,7 +11,7 @@ from skink.errors import CalibrationError
 from skink.graph.capture import capture
 from skink.graph.passes import Pass
 from skink.graph.pipeline import Pipeline, PipelineResult
-from skink.graph.program import Program
+from skink.graph.program import Program, Stage
 from skink.graph.propagate import propagate
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import Recipe, load_recipe
@@ -64,7 +64,7 @@ def compress_program(
         calibration: token windows int64[N, T].
         overrides: `{"low-rank.keep": 0.7}`.
         seed: for anything random.
-        verify: 0 off, 1 structure, 2 numbers too; `SKINK_VERIFY` by default.
+        verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
         progress: called as (what, done, total).
 
     Raises:
@@ -79,16 +79,17 @@ def compress_program(
             fix="give --calibration FILES, or --calibration stdlib for Python source (in Python calibration=...).",
         )
     progress("capture", 0, 1)
-    program = _captured(model)
+    program = captured(model)
     progress("capture", 1, 1)
     canonical = Pipeline((Canonicalize(),)).run(program, seed=seed, verify=verify, progress=progress)
     dense = program.clone()
-    rest = Pipeline(pipeline.passes[1:], start=program.stage)
+    # A limit on edits may have cut canonicalize short; then no other pass runs either.
+    rest = Pipeline(pipeline.passes[1:] if program.stage >= Stage.CANONICAL else (), start=program.stage)
     result = rest.run(program, calibration=calibration, seed=seed, verify=verify, progress=progress)
     return Compression(program, dense, loaded, PipelineResult(canonical.passes + result.passes))
 
 
-def _captured(model: "PreTrainedModel") -> Program:
+def captured(model: "PreTrainedModel") -> Program:
     """The model as a program: captured, or, where it is a program in Skink's form already, that one."""
     from skink.export.huggingface import SkinkForCausalLM
 
@@ -123,7 +124,7 @@ def compress(
         tokenizer: for calibration text; loaded with the model where `model` is a name.
         overrides: options to change, `{"low-rank.keep": 0.7}`.
         seed: for anything random.
-        verify: 0 off, 1 structure, 2 numbers too; `SKINK_VERIFY` by default.
+        verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
         progress: called as (what, done, total).
 
     Returns:

@@ -32,7 +32,9 @@ from skink.export.huggingface import load, load_source, save, to_huggingface
 from skink.export.huggingface.loading import STDLIB_LLAMA, stored_dtype
 from skink.export.report import Report, write_report
 from skink.graph.cost import program_cost
+from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program
+from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import load_recipe
 
 
@@ -53,7 +55,7 @@ class CompressOptions:
             stored in the checkpoint's dtype.
         device: where to work.
         seed: for anything random.
-        verify: 0 off, 1 structure, 2 numbers too; `SKINK_VERIFY` by default.
+        verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
     """
 
     calibration: TextLike | None = None
@@ -97,6 +99,7 @@ def compress_to_folder(
     options = options or CompressOptions()
     # What can be refused without work is refused before any.
     loaded_recipe = load_recipe(recipe, options.overrides)
+    Pipeline((Canonicalize(), *loaded_recipe.passes))
     calibration_text = options.calibration
     if calibration_text is None and name == STDLIB_LLAMA:
         calibration_text = STANDARD_LIBRARY

@@ -16,7 +16,7 @@ from skink.export import report as rep
 from skink.export.report.model import Setting
 from skink.graph.cost import ProgramCost
 from skink.graph.passes import LayerRecord
-from skink.graph.pipeline import PassRecord
+from skink.graph.run import PassRecord
 
 SOURCE = "transformers"
 DENSE = "skink, empty recipe"

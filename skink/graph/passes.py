@@ -5,17 +5,21 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from skink.errors import OptionError, suggest
+from skink.graph.analyses import Analyses, Analysis
 from skink.graph.pattern import NoMatch
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -25,6 +29,8 @@ class Progress(Protocol):
         """`done` of `total` units of work are done."""
 
 
+# Numbers that YAML takes for text: 1e-6, inf, nan.
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?[eE][+-]?\d+|inf|infinity|nan)", re.IGNORECASE)
 # Words that YAML does not read as text.
 _YAML_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "y", "n"})
 
@@ -41,11 +47,17 @@ class Context:
         calibration: token windows int64[N, T], or None where the user gave none.
         seed: for anything random.
         progress: to be called now and then by passes that take long.
+        analyses: answers that passes before this one were given and that hold still.
     """
 
     calibration: Tensor | None = None
     seed: int = 0
     progress: Progress = _silent
+    analyses: Analyses = field(default_factory=Analyses)
+
+    def analysis(self, analysis: Analysis[T], program: Program) -> T:
+        """The answer to a question about `program` as it is now: `context.analysis(Cost(), program)`."""
+        return self.analyses.get(analysis, program, self)
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class Pass:
         requires: the least stage that it takes.
         yields: the stage that it leaves; None leaves the stage as it was.
         exactness: `exact` passes change numbers by rounding only, and are held to that.
+        preserves: names of analyses whose answers hold still after this pass's edits.
         needs_calibration: whether it cannot run without calibration text.
     """
 
@@ -97,6 +110,7 @@ class Pass:
     requires: ClassVar[Stage] = Stage.CANONICAL
     yields: ClassVar[Stage | None] = None
     exactness: ClassVar[Literal["exact", "approximate"]] = "exact"
+    preserves: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
         """Edit `program` through `rewriter`."""
@@ -113,7 +127,11 @@ class Pass:
 
     def describe(self) -> str:
         """The one-line form with every option that is set, defaults too: `low-rank{keep=0.8,method=whitened}`."""
-        options = [f"{key}={_option_text(value)}" for key, value in self.options().items() if value not in ((), None)]
+        options = [
+            f"{entry.name}={_option_text(value)}"
+            for entry in dataclasses.fields(self)
+            if (value := getattr(self, entry.name)) not in ((), None) or value != entry.default
+        ]
         return f"{self.name}{{{','.join(options)}}}" if options else self.name
 
     def __str__(self) -> str:
@@ -164,7 +182,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _checked(name, value, next(argument for argument in arguments if argument is not type(None)))
+        *others, last = (argument for argument in arguments if argument is not type(None))
+        for other in others:
+            with suppress(OptionError):
+                return _checked(name, value, other)
+        return _checked(name, value, last)
     if origin is Literal:
         if value in arguments:
             return value
@@ -175,11 +197,13 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         )
     if origin is tuple:
         entries = value if isinstance(value, list | tuple) else [value]
+        if arguments[-1] is not ...:
+            return _checked_each(name, entries, arguments)
         return tuple(_checked(name, entry, arguments[0]) for entry in entries)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)  # 1e-6, which YAML takes for text
+    if hint is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
     if isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
         return value
     raise OptionError(
@@ -187,6 +211,15 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         f"{name}={value!r} is a {type(value).__name__}, not a {hint.__name__}.",
         fix=f"give a {hint.__name__}.",
     )
+
+
+def _checked_each(name: str, entries: Sequence[Any], hints: Sequence[Any]) -> tuple[Any, ...]:
+    """A tuple of one entry for each type."""
+    if len(entries) != len(hints):
+        raise OptionError(
+            "OPTION-003", f"{name}={list(entries)!r} has {len(entries)} entries.", fix=f"give {len(hints)} of them."
+        )
+    return tuple(_checked(name, entry, hint) for entry, hint in zip(entries, hints, strict=True))
 
 
 def linear_weight(program: Program, node: fx.Node) -> str | None:

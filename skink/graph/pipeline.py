@@ -1,35 +1,28 @@
-"""`Pipeline`: passes in order, each verified, timed, logged, and dumped where it changed something."""
+"""`Pipeline`: passes in order; a failure that is a pass's fault leaves a reproducer."""
 
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from skink.errors import CalibrationError, RecipeError, SkinkError
-from skink.graph.passes import Context, LayerRecord, Pass, PassResult
+from skink.graph.dump import program_text
+from skink.graph.failure import Failure
+from skink.graph.passes import Context, LayerRecord, Pass
 from skink.graph.program import Program, Stage
 from skink.graph.propagate import refresh
-from skink.graph.rewriter import Rewriter, describe
-from skink.graph.text import print_program
-from skink.graph.verifier import Numbers, check_exact, check_structure, compare, seeded_inputs
+from skink.graph.reproducer import Circumstances, write_reproducer
+from skink.graph.run import PassRecord, Progress, Run
+from skink.graph.snapshot import Snapshot
+from skink.graph.versions import package_of
 from skink.settings import settings
 
+# Codes of errors that are a pass's fault; every other code is of something that the user can mend.
+_DEFECTS = ("VERIFY-", "REWRITE-", "DEFECT-")
 
-@dataclass(frozen=True)
-class PassRecord:
-    """What one pass did, how long it took, and how the program's results differ from the captured model's after it."""
 
-    pass_: Pass
-    result: PassResult
-    seconds: float
-    verified: int
-    numbers: Numbers | None
-
-    def rejections(self) -> list[tuple[str, str]]:
-        """(where, reason) of every match that a rule refused."""
-        return [(describe(entry.node), entry.reason) for entry in self.result.refused]
+def _silent(name: str, done: int, total: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,27 @@ class PipelineResult:
     def layers(self) -> tuple[LayerRecord, ...]:
         """What was done to each weight, over all passes."""
         return tuple(layer for record in self.passes for layer in record.result.layers)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How far a pipeline came.
+
+    Args:
+        result: of the passes that ran well.
+        error: what stopped it, or None.
+        failure: the same, to be compared with another's.
+        index: the place of the pass that failed.
+        start: the program as it was given; None where no pass ran.
+        before: the program just before the failing pass.
+    """
+
+    result: PipelineResult
+    error: Exception | None = None
+    failure: Failure | None = None
+    index: int = 0
+    start: Snapshot | None = None
+    before: Snapshot | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +91,15 @@ class Pipeline:
         calibration: Tensor | None = None,
         seed: int = 0,
         verify: int | None = None,
-        progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+        progress: Progress = _silent,
     ) -> PipelineResult:
-        """Run every pass on `program`, in place.
+        """Run every pass on `program`, in place; a failure that is a pass's fault leaves a reproducer.
 
         Args:
             program: edited in place; `clone()` it first to keep the old one.
             calibration: token windows int64[N, T].
             seed: for random inputs of verification, and for passes.
-            verify: 0, 1 or 2; `SKINK_VERIFY` by default.
+            verify: 0, 1, 2 or 3; `SKINK_VERIFY` by default.
             progress: called with a pass's name and how much of its work is done.
 
         Raises:
@@ -93,13 +107,56 @@ class Pipeline:
             VerifyError: VERIFY-001, VERIFY-002.
             CalibrationError: CALIBRATION-002 where a pass needs calibration and there is none.
         """
+        level = settings().verify if verify is None else verify
+        limit, dump = settings().rewrite_limit, settings().dump
+        done = self.attempt(
+            program, calibration=calibration, seed=seed, verify=level, limit=limit, dump=dump, progress=progress
+        )
+        if done.error is None:
+            return done.result
+        if not isinstance(done.error, SkinkError):
+            done.error.add_note(f"in pass {self.passes[done.index]}, on this program:\n{program_text(program)}")
+        if not isinstance(done.error, SkinkError) or done.error.code.startswith(_DEFECTS):
+            packages = tuple(dict.fromkeys(package_of(type(entry).__module__) for entry in self.passes))
+            at = Circumstances(str(self), packages, self.start, done.index, seed, level, limit, calibration)
+            _leave_reproducer(dump, done, at)
+        raise done.error
+
+    def attempt(
+        self,
+        program: Program,
+        *,
+        calibration: Tensor | None = None,
+        seed: int = 0,
+        verify: int = 2,
+        limit: int | None = None,
+        through: int = -1,
+        dump: Path | None = None,
+        progress: Progress = _silent,
+    ) -> Attempt:
+        """As `run`, but a failure in a pass or its verification is returned and leaves nothing behind.
+
+        Args:
+            program: edited in place; after a failure, as it was then.
+            calibration: token windows int64[N, T].
+            seed: for random inputs of verification, and for passes.
+            verify: 0, 1, 2 or 3.
+            limit: most edits that the program's log may hold. Once it holds so many, the pass that runs comes to its
+                end without further edits and without reaching the stage that it leaves, and no other runs.
+            through: the place of a pass up to which all passes run, though the limit is reached.
+            dump: folder for the program's text after each pass that changed it.
+            progress: called with a pass's name and how much of its work is done.
+
+        Raises:
+            RecipeError: as `run`.
+            CalibrationError: as `run`.
+        """
         if program.stage < self.start:
             raise RecipeError(
                 "RECIPE-003",
                 f"the pipeline begins at stage {self.start}, and the program is at stage {program.stage}.",
                 fix="put canonicalize before it.",
             )
-        level = settings().verify if verify is None else verify
         for entry in self.passes:
             if entry.needs_calibration and calibration is None:
                 raise CalibrationError(
@@ -108,46 +165,32 @@ class Pipeline:
                     fix="give --calibration FILES (in Python calibration=...).",
                 )
         refresh(program)
-        runs = level >= 2 and not program.is_meta
-        inputs = seeded_inputs(program, seed=seed) if runs else []
-        reference = list(program(*inputs)) if runs else []
+        run = Run(program, Context(calibration, seed), verify, limit, dump, progress)
         records: list[PassRecord] = []
         for index, entry in enumerate(self.passes):
-            context = Context(calibration, seed, lambda done, total, name=entry.name: progress(name, done, total))
-            progress(entry.name, 0, 1)
-            begun = time.perf_counter()
-            rewriter = Rewriter(program, entry.name)
+            if limit is not None and len(program.edits) >= limit and index > through:
+                break
+            run.remember()
             try:
-                result = entry.run(program, rewriter, context)
-            except SkinkError:
-                raise
+                records.append(run.one(index, entry))
             except Exception as error:
-                error.add_note(f"in pass {entry}, on this program:\n{print_program(program)}")
-                raise
-            rewriter.finish()
-            if entry.yields is not None and program.stage < entry.yields:
-                program.stage = entry.yields
-            seconds = time.perf_counter() - begun
-            if settings().dump is not None and result.edits:  # before it is verified, for whoever has to mend it
-                _dump(settings().dump, index, entry, program)  # type: ignore[arg-type]
-            if level >= 1:
-                check_structure(program, pass_name=entry.name)
-            numbers = compare(program, reference, inputs) if runs else None
-            if numbers is not None and entry.exactness == "exact":
-                _check_exact_change(numbers, records, program, entry.name)
-            records.append(PassRecord(entry, result, seconds, level, numbers))
-            progress(entry.name, 1, 1)
-        return PipelineResult(tuple(records))
+                failure = Failure.of(error, entry.name)
+                return Attempt(PipelineResult(tuple(records)), error, failure, index, run.start, run.before)
+        return Attempt(PipelineResult(tuple(records)))
 
 
-def _check_exact_change(numbers: Numbers, records: Sequence[PassRecord], program: Program, name: str) -> None:
-    """An exact pass is judged by what it added to the difference that approximate ones made before it."""
-    before = records[-1].numbers if records else None
-    added = numbers.largest - (before.largest if before is not None else 0.0)
-    check_exact(Numbers(numbers.relative, max(added, 0.0), numbers.divergence), program, pass_name=name)
-
-
-def _dump(folder: Path, index: int, entry: Pass, program: Program) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = f"after {entry}\n\n{print_program(program, weights=True)}\n"
-    (folder / f"{index:02d}_{entry.name}.txt").write_text(text, encoding="utf-8")
+def _leave_reproducer(parent: Path | None, done: Attempt, at: Circumstances) -> None:
+    """Write a reproducer and name it in the error; a failure to do so must not hide the error."""
+    error, failure, start, before = done.error, done.failure, done.start, done.before
+    if error is None or failure is None or start is None or before is None:
+        return
+    try:
+        folder = write_reproducer(parent, error, failure, at, start, before)
+        said = f"`skink bisect {folder}` finds the rewrite that did it, and that folder is what a report of it needs."
+    except Exception as other:
+        said = f"report it. No reproducer could be written: {type(other).__name__}: {other}"
+    if isinstance(error, SkinkError):
+        advice = "this is a defect of the pass:" if error.code.startswith("VERIFY-") else error.fix
+        error.fix = f"{advice} {said}"
+    else:
+        error.add_note(f"If this is a defect of the pass, {said}")

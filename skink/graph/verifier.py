@@ -1,24 +1,29 @@
-"""Verification of a program after each pass: level 1 structure, level 2 numbers too.
+"""Verification of a program after each pass: level 1 structure, level 2 numbers too, level 3 after every edit.
 
-Level 1: the graph is well formed, its shapes propagate, its operators are legal at its stage, every weight it reads
-exists and every weight that exists is read, and its results have the shapes and dtypes they had. Level 2: it runs on
-seeded inputs and its results are compared with the captured model's; a pass that calls itself exact may change them by
-rounding only.
+Level 1: the graph is legal at its stage (`legality.py` has the rules), its shapes propagate, and its results have the
+shapes and dtypes they had. Level 2: it runs on seeded inputs and its results are compared with the captured model's; a
+pass that calls itself exact may change them by rounding only. Level 3: the error after every single edit is measured.
+It is always the result that is looked at, never what a pass says about it.
 """
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from skink.errors import VerifyError
-from skink.graph.operators import SIZE_FUNCTIONS
-from skink.graph.pattern import op_name
-from skink.graph.program import Program, Stage
-from skink.graph.propagate import propagate
-from skink.graph.rewriter import broken, check_well_formed
+from skink.graph.legality import illegal
+from skink.graph.program import Edit, Program
+from skink.graph.propagate import ShapeContext, propagate
+from skink.graph.rewriter import check_well_formed, describe
 from skink.graph.text import type_text
+
+# The input that says which tokens are padding.
+PADDING = "attention_mask"
 
 # Sizes of the seeded inputs of level 2.
 _BATCH, _LENGTH = 2, 17
@@ -32,7 +37,7 @@ EXACT_TOLERANCE: Mapping[torch.dtype, float] = {
     torch.bfloat16: 1e-1,
 }
 
-_IDIOMS_GONE_AFTER_CANONICAL = ("_assert_tensor_metadata", "_assert_scalar", "lift_fresh_copy", "detach_")
+DEFECT = "this is a defect of the pass: report it."
 
 
 @dataclass(frozen=True)
@@ -51,56 +56,146 @@ class Numbers:
     divergence: float | None
 
 
-def check_structure(program: Program, *, pass_name: str) -> None:
-    """Level 1; raises VERIFY-001."""
-    graph = program.graph
+def check_structure(program: Program, *, pass_name: str, edits: Sequence[Edit] = ()) -> None:
+    """Level 1.
+
+    Args:
+        program: the result of a pass.
+        pass_name: that pass.
+        edits: what it did, to name the rules that touched the place.
+
+    Raises:
+        VerifyError: VERIFY-001.
+    """
     check_well_formed(program, pass_name=pass_name)
-    _check_weights(program, pass_name)
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "get_attr", "call_function", "output"):
-            raise broken(pass_name, f"a node of kind {node.op!r} is not allowed.", "", node)
-        if node.op == "call_function":
-            reason = _illegal(node, program.stage)
-            if reason:
-                raise broken(pass_name, f"{reason} is not legal at stage {program.stage}.", "", node)
+    for breach in illegal(program):
+        raise _broken(pass_name, breach.reason, breach.node, edits, why=f"rule of the stage: {breach.rule}.")
     before = _results(program)
     try:
         propagate(program)
     except Exception as error:
-        raise broken(pass_name, "shapes do not fit together.", f"{type(error).__name__}: {error}") from error
+        reason = first_line(error)
+        raise _broken(pass_name, "shapes do not fit together.", _misfit(program), edits, why=reason) from error
     after = _results(program)
     if before and before != after:
-        raise broken(pass_name, f"results were {', '.join(before)} and became {', '.join(after)}.", "")
-
-
-def _illegal(node: fx.Node, stage: Stage) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable:
-            return f"{target}, which writes to its argument,"
-        if target.namespace not in ("aten", "skink"):
-            return f"{target}, an operator of {target.namespace},"
-        if stage >= Stage.CANONICAL and op_name(node) in _IDIOMS_GONE_AFTER_CANONICAL:
-            return str(target)
-        return ""
-    return "" if target in SIZE_FUNCTIONS.values() else f"the function {getattr(target, '__name__', target)}"
-
-
-def _check_weights(program: Program, pass_name: str) -> None:
-    stored = set(program.stored_weights())
-    read = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
-    for name, node in read.items():
-        if name not in stored:
-            raise broken(pass_name, f"the weight {name!r} is read and does not exist.", "", node)
-    unused = sorted(stored - set(read))
-    if unused:
-        raise broken(pass_name, f"the weight {unused[0]!r} is kept and never read.", "")
+        what = f"results were {', '.join(before)} and became {', '.join(after)}."
+        raise _broken(pass_name, what, program.graph.output_node(), edits)
 
 
 def _results(program: Program) -> list[str]:
     value = program.graph.output_node().meta.get("val")
     context = program.graph_module.meta.get("shapes")
     return [type_text(entry, context) for entry in value] if isinstance(value, tuple | list) and context else []
+
+
+def _broken(pass_name: str, what: str, node: fx.Node | None, edits: Sequence[Edit], *, why: str = "") -> VerifyError:
+    return VerifyError(
+        "VERIFY-001",
+        f"after pass {pass_name}: {what}",
+        where=describe(node) if node is not None and node.op != "output" else "",
+        why="\n".join(line for line in (why, _blame(node, edits)) if line),
+        fix=DEFECT,
+    )
+
+
+def _blame(node: fx.Node | None, edits: Sequence[Edit]) -> str:
+    """The edits that touched a node; where none is known to, the pass's rules with how often each was used."""
+    if not edits:
+        return "the pass logged no edit: it went past the rewriter."
+    touched = [edit for edit in edits if node is not None and _touched(edit, node)]
+    if touched:
+        named = ", ".join(f"{edit.index} ({edit.rule})" for edit in touched[-3:])
+        return f"touched by edit{'s' if len(touched) > 1 else ''} {named}."
+    return f"the pass's edits: {_rules(edits)}."
+
+
+def _touched(edit: Edit, node: fx.Node) -> bool:
+    if edit.node == node.name:
+        return True
+    came = (node.meta.get("rule"), node.meta.get("module", ""), node.meta.get("source", ""))
+    return came == (edit.rule, edit.qualified_name, edit.source)
+
+
+def _rules(edits: Sequence[Edit]) -> str:
+    return ", ".join(f"{rule} {count} times" for rule, count in Counter(edit.rule for edit in edits).most_common())
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph node by node, and knows where it is."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self.node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+
+class _WatchedShapes(_Watched):
+    """The same on shapes alone."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._program, self._context = program, ShapeContext(program)
+        dims = [(entry.dims, entry.dtype) for entry in program.inputs]
+        dims += [(entry.shape, program.dtype) for entry in program.state]
+        self.inputs = [self._context.fake_input(*entry) for entry in dims]
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._context.fake_weight(self._program.weight(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._context.call(target, args, kwargs)
+
+
+def _stops_at(watched: _Watched, inputs: Sequence[Tensor]) -> fx.Node | None:
+    """The node at which a run fails."""
+    try:
+        with torch.no_grad():
+            watched.run(*inputs, enable_io_processing=False)
+    except Exception:  # whatever it is, it was met before, and its node is what is wanted
+        return watched.node
+    return None
+
+
+def _misfit(program: Program) -> fx.Node | None:
+    """The node whose arguments have shapes that do not fit."""
+    watched = _WatchedShapes(program)
+    return _stops_at(watched, watched.inputs)
+
+
+def run_results(
+    program: Program, inputs: Sequence[Tensor], *, pass_name: str, edits: Sequence[Edit] = ()
+) -> list[Tensor]:
+    """What the program computes; for level 2.
+
+    Raises:
+        VerifyError: VERIFY-001 where it does not run.
+    """
+    try:
+        return results_of(program, inputs)
+    except Exception as error:
+        reason = first_line(error)
+        raise _broken(
+            pass_name, "the program does not run.", _stops_at(_Watched(program), inputs), edits, why=reason
+        ) from error
+
+
+def results_of(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What the program computes, for comparison: results at padding, which nobody reads, are left out of it.
+
+    A query that is padding sees no key, and what an attention makes of that is its own affair: some give the mean of
+    all values, some no number.
+    """
+    padding = next((value for entry, value in zip(program.inputs, inputs, strict=False) if entry.name == PADDING), None)
+    results: list[Tensor] = list(program(*inputs))
+    if padding is None:
+        return results
+    return [
+        result[padding.bool()][None] if result.dim() > 2 and result.shape[:2] == padding.shape else result
+        for result in results
+    ]
 
 
 def seeded_inputs(program: Program, *, seed: int, vocabulary: int | None = None) -> list[Tensor]:
@@ -115,7 +210,7 @@ def seeded_inputs(program: Program, *, seed: int, vocabulary: int | None = None)
     mask[0, : min(3, length - 1)] = 0
     for entry in program.inputs:
         shape = [sizes.get(dim, 5) if isinstance(dim, str) else dim for dim in entry.dims]
-        if entry.name == "attention_mask":
+        if entry.name == PADDING:
             inputs.append(mask)
         elif entry.name == "position_ids":
             inputs.append((mask.cumsum(1) - 1).clamp(min=0))
@@ -140,7 +235,12 @@ def _smallest_table(program: Program) -> int | None:
 
 def compare(program: Program, reference: list[Tensor], inputs: list[Tensor]) -> Numbers:
     """How the program's results differ from `reference` on `inputs`."""
-    results = [entry.double() for entry in program(*inputs)]
+    return difference(results_of(program, inputs), reference)
+
+
+def difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> Numbers:
+    """How results differ from `reference`."""
+    results = [entry.double() for entry in found]
     wanted = [entry.double() for entry in reference]
     # Infinities and NaN of the reference are met by the same, not by a difference.
     same = [(one == other) | (one.isnan() & other.isnan()) for one, other in zip(results, wanted, strict=True)]
@@ -148,23 +248,65 @@ def compare(program: Program, reference: list[Tensor], inputs: list[Tensor]) -> 
     differences = torch.cat([entry.flatten() for entry in off])
     finite = torch.cat([entry[entry.isfinite()] for entry in wanted])
     norm, scale = float(finite.norm()), float(finite.abs().max()) if finite.numel() else 0.0
-    difference, largest = float(differences.norm()), float(differences.abs().max()) if differences.numel() else 0.0
+    distance, largest = float(differences.norm()), float(differences.abs().max()) if differences.numel() else 0.0
     divergence = None
     if len(wanted) == 1 and wanted[0].dim() == 3:
         log_reference, log_result = wanted[0].log_softmax(-1), results[0].log_softmax(-1)
         probability = log_reference.exp()
         parts = torch.where(probability > 0, probability * (log_reference - log_result), 0.0)
         divergence = float(parts.sum(-1).mean())
-    return Numbers(difference / norm if norm else difference, largest / scale if scale else largest, divergence)
+    return Numbers(distance / norm if norm else distance, largest / scale if scale else largest, divergence)
 
 
-def check_exact(numbers: Numbers, program: Program, *, pass_name: str) -> None:
-    """Level 2 for a pass that calls itself exact; raises VERIFY-002."""
+def check_exact(
+    numbers: Numbers, program: Program, *, pass_name: str, edits: Sequence[Edit] = (), before: float = 0.0
+) -> None:
+    """Level 2 for a pass that calls itself exact.
+
+    Args:
+        numbers: the difference that the pass added.
+        program: the result.
+        pass_name: that pass.
+        edits: what it did, to name its rules; where level 3 measured them, the one that added most.
+        before: the relative error before the first of them.
+
+    Raises:
+        VerifyError: VERIFY-002.
+    """
     allowed = EXACT_TOLERANCE.get(program.dtype, EXACT_TOLERANCE[torch.float32])
-    if not numbers.largest <= allowed:
-        raise VerifyError(
-            "VERIFY-002",
-            f"pass {pass_name} calls itself exact and changed the results by {numbers.largest:.2e} of their largest "
-            f"value; rounding would be at most {allowed:.0e}.",
-            fix="this is a defect of the pass: report it, with SKINK_DUMP set to a folder and what it then holds.",
-        )
+    if numbers.largest <= allowed:
+        return
+    worst = worst_edit(edits, before=before)
+    raise VerifyError(
+        "VERIFY-002",
+        f"pass {pass_name} calls itself exact and changed the results by {numbers.largest:.2e} of their largest "
+        f"value; rounding would be at most {allowed:.0e}.",
+        where=describe_edit(worst) if worst is not None else "",
+        why=f"the pass's edits: {_rules(edits)}." if edits else "the pass logged no edit: it went past the rewriter.",
+        fix=DEFECT,
+    )
+
+
+def worst_edit(edits: Sequence[Edit], *, before: float = 0.0) -> Edit | None:
+    """The edit that raised the error most, of those that were measured."""
+    worst, most, last = None, -math.inf, before
+    for edit in edits:
+        if edit.error is not None:
+            # The first that makes it NaN is the worst there is.
+            step = math.inf if math.isnan(edit.error) and not math.isnan(last) else edit.error - last
+            if step > most:
+                worst, most = edit, step
+            last = edit.error
+    return worst
+
+
+def describe_edit(edit: Edit) -> str:
+    """`edit 12, linear-to-low-rank of %linear_3, model.layers.0.mlp.up_proj (modeling_llama.py:41)`."""
+    module = f", {edit.qualified_name}" if edit.qualified_name else ""
+    return f"edit {edit.index}, {edit.rule} of %{edit.node}{module}" + (f" ({edit.source})" if edit.source else "")
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type, and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -121,7 +121,8 @@ def _load(recipe: "str | Path | Sequence[Pass | str] | Recipe") -> Recipe:
 def _from_yaml(text: str, name: str) -> Recipe:
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # Dates and numbers that there are none of are ValueErrors.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError("RECIPE-002", f"the recipe {name!r} is not YAML.", why=str(error)) from error
     if content is None:
         return Recipe(())
@@ -187,7 +188,10 @@ def _parse_options(text: str, part: str) -> dict[str, Any]:
         key, equals, value = entry.partition("=")
         if not equals:
             raise RecipeError("RECIPE-002", f"{entry!r} in {part!r} is not key=value.", fix="write low-rank{keep=0.8}.")
-        options[key.strip()] = parse_value(value)
+        try:
+            options[key.strip()] = parse_value(value)
+        except RecursionError as error:
+            raise RecipeError("RECIPE-002", f"the value of {key.strip()!r} is nested too deeply.") from error
     return options
 
 
@@ -209,7 +213,7 @@ def parse_value(text: str) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     return value if isinstance(value, bool | int | float | None) else text
 

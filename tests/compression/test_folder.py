@@ -1,6 +1,7 @@
 """The main job on disk: what the folder holds, and that a failure leaves none."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from safetensors import safe_open
 
 import skink
 from skink.compression import CompressOptions, SpeedOptions, TextOptions, compress_to_folder
-from skink.errors import SkinkError
+from skink.errors import RecipeError, SkinkError
 from skink.evaluation import Documents
 from skink.export.huggingface.loading import load_source
 from skink.export.report import read_report
+from skink.graph.program import Stage
+from tests.sample_pass import Sample
 
 TEXT = Documents("numbers", (" ".join(str(number) for number in range(3000)),))
 QUICK = CompressOptions(
@@ -88,3 +91,15 @@ def test_text_that_no_one_calibrates_on_is_not_needed(checkpoint: Path, tmp_path
     report = compress_to_folder(str(checkpoint), [], tmp_path / "out", CompressOptions(speed=QUICK.speed))
     assert report.notes == ["No held-out text was given: perplexity was not measured."]
     assert report.forms[0].perplexity is None
+
+
+class AfterLowering(Sample):
+    """Wants a stage that no recipe leaves."""
+
+    name: ClassVar[str] = "after-lowering"
+    requires: ClassVar[Stage] = Stage.LOWERED
+
+
+def test_an_order_of_passes_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"\[RECIPE-003\] pass after-lowering needs stage lowered"):
+        compress_to_folder("no-such-model", [AfterLowering()], tmp_path / "out")

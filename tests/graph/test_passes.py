@@ -1,5 +1,6 @@
 """Passes and their options."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -73,6 +74,40 @@ def test_wrong_options_are_refused(given_options: dict[Any, Any], code: str, mes
     assert message in caught.value.what
     assert fix in caught.value.fix
     assert isinstance(caught.value, ValueError)
+
+
+@dataclass(frozen=True)
+class Mixed(Sample):
+    """Options of types that Sample lacks."""
+
+    pair: tuple[int, float] = (1, 0.5)
+    some: int | float | str = 0
+
+
+@pytest.mark.parametrize(
+    ("given_options", "expected"),
+    [
+        ({"pair": [3, 2]}, Mixed(pair=(3, 2.0))),
+        ({"some": 3}, Mixed(some=3)),
+        ({"some": 0.25}, Mixed(some=0.25)),
+        ({"some": "text"}, Mixed(some="text")),
+        ({"limit": "-inf"}, Mixed(limit=float("-inf"))),
+    ],
+)
+def test_pairs_and_choices_between_types(given_options: dict[str, Any], expected: Mixed) -> None:
+    found = Mixed.from_options(given_options)
+    assert found == expected
+    assert type(found.some) is type(expected.some)
+
+
+def test_a_pair_has_two_entries() -> None:
+    with pytest.raises(OptionError, match=r"\[OPTION-003\] sample.pair=\[1\] has 1 entries") as caught:
+        Mixed.from_options({"pair": [1]})
+    assert caught.value.fix == "give 2 of them."
+
+
+def test_the_form_with_every_option_leaves_out_only_empty_defaults() -> None:
+    assert Sample(ranks=()).describe() == 'sample{keep=0.5,rounds=3,method=whitened,exact=true,ranks=[],note=""}'
 
 
 def test_a_pass_needs_a_body_and_no_calibration_by_default() -> None:

@@ -170,11 +170,17 @@ def test_an_exact_pass_answers_for_its_own_change_only() -> None:
         Pipeline((*passes[:2], Change(factor=1.01))).run(program())
 
 
+def test_an_exact_pass_that_undoes_an_approximate_one_is_caught() -> None:
+    with pytest.raises(VerifyError, match=r"VERIFY-002.*pass change"):
+        Pipeline((Canonicalize(), Approximate(factor=1.5), Change(factor=1 / 1.5))).run(program())
+
+
 def test_an_exception_in_a_pass_shows_the_program() -> None:
     with pytest.raises(ZeroDivisionError, match="in a pass") as caught:
         Pipeline((Breaks(how="raises"),)).run(program())
-    (note,) = caught.value.__notes__
-    assert note.startswith("in pass breaks{how=raises}, on this program:\nprogram captured(%x: f32[B,4])")
+    shown, folder = caught.value.__notes__
+    assert shown.startswith("in pass breaks{how=raises}, on this program:\nprogram captured(%x: f32[B,4])")
+    assert "skink bisect" in folder
 
 
 def test_calibration_is_asked_for_before_anything_runs() -> None:
@@ -190,8 +196,8 @@ def test_level_and_folder_come_from_the_environment(set_environment: Any, tmp_pa
     result = Pipeline((Canonicalize(), Change(), Approximate(factor=2.0))).run(program())
     assert [record.verified for record in result.passes] == [1, 1, 1]
     assert all(record.numbers is None for record in result.passes)
-    (dump,) = (tmp_path / "dumps").iterdir()  # what only looked has no dump
-    assert dump.name == "02_approximate.txt"
+    dump, edits = sorted((tmp_path / "dumps").iterdir())  # what only looked has no dump
+    assert (dump.name, edits.name) == ("02_approximate.txt", "edits.jsonl")
     text = dump.read_text()
     assert text.startswith("after approximate{factor=2.0}\n\nprogram rewritten(%x: f32[B,4])\n")
     assert "%mul_tensor : f32[B,4] = aten.mul.Tensor(%linear, 2.0)  # approximate" in text

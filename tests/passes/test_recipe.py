@@ -1,16 +1,20 @@
 """Recipes in their three forms, and what is refused."""
 
+import dataclasses
+import math
+import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import skink.passes
 from skink.errors import OptionError, RecipeError
+from skink.graph.passes import Pass
 from skink.passes import PASSES, all_passes
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import Recipe, load_recipe, parse_passes, parse_value, shipped_recipes
@@ -34,7 +38,7 @@ samples = st.builds(
     exact=st.booleans(),
     layers=st.lists(st.text(max_size=6), max_size=3).map(tuple),
     ranks=st.lists(st.integers(), max_size=3).map(tuple),
-    limit=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    limit=st.none() | st.floats(allow_nan=False),
     note=st.text(max_size=8)
     | st.sampled_from(["true", "No", "null", "1e-6", "3", "[a]", "{", '"', "\\", " x ", "a,b"]),
 )
@@ -53,6 +57,68 @@ def test_yaml_reads_back_as_the_same(tmp_path_factory: pytest.TempPathFactory, p
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(path) == recipe
     assert load_recipe(str(path)) == recipe
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Any value of an option's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple and arguments[-1] is not ...:
+        return st.tuples(*map(values, arguments))
+    if origin is tuple:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if arguments:
+        return st.one_of(*map(values, arguments))
+    if hint is type(None):
+        return st.none()
+    if hint is float:
+        return st.floats(0, 1) | st.floats(allow_nan=False)
+    if hint is str:
+        return st.text(max_size=6) | st.sampled_from(["*.mlp.*", "true", "1e-6", "[a", "}", ",", "=", ""])
+    return st.from_type(hint)
+
+
+@st.composite
+def passes_that_ship(draw: st.DrawFn) -> Pass:
+    """A pass of Skink's own with any options that it takes."""
+    kind = draw(st.sampled_from(PASSES))
+    hints = typing.get_type_hints(kind)
+    names = draw(st.sets(st.sampled_from([entry.name for entry in dataclasses.fields(kind)] or [""])))
+    try:
+        return kind(**{name: draw(values(hints[name])) for name in sorted(names) if name})
+    except OptionError:
+        assume(False)  # out of its range
+        raise
+
+
+@given(st.lists(passes_that_ship(), max_size=3))
+@settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
+def test_passes_that_ship_read_back_as_the_same_in_every_form(
+    tmp_path_factory: pytest.TempPathFactory, passes: list[Pass]
+) -> None:
+    recipe = Recipe(tuple(passes))
+    assert parse_passes(str(recipe)) == parse_passes(recipe.describe()) == recipe.passes
+    path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe
+    assert tuple(type(entry).from_options(entry.options()) for entry in passes) == recipe.passes
+
+
+@given(samples)
+def test_the_form_with_every_option_reads_back_as_the_same(sample: Sample) -> None:
+    assert parse_passes(sample.describe()) == (sample,)
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", ".inf", "1e400", "Infinity"])
+def test_infinities_are_numbers(text: str) -> None:
+    limit = parse_passes(f"sample{{limit={text}}}")[0].options()["limit"]
+    assert limit == float(text.strip("."))
+
+
+def test_what_is_not_a_number_reads_back_too() -> None:
+    (sample,) = parse_passes(str(Sample(limit=float("nan"))))
+    assert math.isnan(sample.options()["limit"])
 
 
 def test_all_forms_give_the_same_recipe(tmp_path: Path) -> None:
@@ -122,6 +188,7 @@ def test_wrong_overrides_are_refused(key: str, code: str, message: str, fix: str
         ("sample{keep}", "RECIPE-002", "'keep' in 'sample{keep}' is not key=value"),
         ('sample{note="a}', "RECIPE-002", "is not text in quotes"),
         ('sample{note="a" b}', "RECIPE-002", "is not text in quotes"),
+        pytest.param("sample{ranks=" + "[" * 9000 + "]" * 9000 + "}", "RECIPE-002", "is nested too deeply", id="deep"),
     ],
 )
 def test_wrong_text_is_refused(text: str, code: str, message: str) -> None:
@@ -152,6 +219,9 @@ def test_an_unknown_pass_lists_passes_recipes_and_the_nearest() -> None:
         ("- {sample: {}, canonicalize: {}}", "an entry of the recipe"),
         ("- 3", "an entry of the recipe"),
         ("\x00", "is not YAML"),
+        ("- sample: {note: 2024-99-99}", "is not YAML"),
+        pytest.param("- sample: {rounds: " + "9" * 5000 + "}", "is not YAML", id="long"),
+        pytest.param("[" * 9000, "is not YAML", id="deep"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -199,6 +269,8 @@ def test_recipes_that_ship_can_be_loaded_by_name() -> None:
         ("*", "*"),
         ("model.layers.*.mlp", "model.layers.*.mlp"),
         ("2024-01-01", "2024-01-01"),
+        ("2024-99-99", "2024-99-99"),
+        pytest.param("9" * 5000, "9" * 5000, id="long"),
         ('"3"', "3"),
         ("a: b", "a: b"),
     ],

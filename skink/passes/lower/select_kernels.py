@@ -65,6 +65,8 @@ def _bind(node: fx.Node, values: dict[fx.Node, Any], device: torch.device, train
     arguments = op.bind(node.args, node.kwargs)
     call = OpCall(fx.map_arg(arguments, values.__getitem__), device)
     variant, refused = op.choose(call, training=training)
+    # The verifier asks for it: in a lowered program every op has its kernel.
+    node.meta["kernel"] = variant.name if variant is not None else "reference"
     if variant is None:
         return Choice(describe(node), op.name, "reference", refused)
     node.target = variant.load()

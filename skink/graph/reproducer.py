@@ -1,0 +1,306 @@
+"""Reproducers: a folder with all that a failure of a pipeline needs to happen again on another machine.
+
+    reproducer.json      what failed and how; seed, levels, stage; format
+    pipeline.txt         the passes on one line
+    start.json           the program as the pipeline got it          start.safetensors    its weights
+    before.json          the program just before the failing pass    before.safetensors   those that differ by then
+    calibration.safetensors   token windows, where there are any
+    edits.jsonl          the edits made before the failing pass, a line of JSON each
+    program.txt          the program just before the failing pass, to be read
+    error.txt            the error with its traceback
+    versions.json        versions of everything
+    README.txt           what to do with it
+
+All of it is data: operators are looked up in the allow-list of operators.py, passes by their names, and nothing in a
+folder is executed. Weights of more than `WEIGHTS_LIMIT` bytes are left out; then only shapes can be checked again.
+"""
+
+import json
+import shutil
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from skink.errors import ReproducerError, SkinkError
+from skink.graph.dump import EDITS_FILE, dump_edits, program_text
+from skink.graph.failure import Failure
+from skink.graph.program import Edit, Program, Stage
+from skink.graph.propagate import refresh
+from skink.graph.serialization import load_graph, program_to_json
+from skink.graph.snapshot import Snapshot
+from skink.graph.verifier import first_line
+from skink.graph.versions import versions
+
+FORMAT = 1
+FILE = "reproducer.json"
+
+# Of both programs together. What fits into an attachment is worth keeping; a large model's owner has its weights.
+WEIGHTS_LIMIT = 2**30
+
+_EDIT_TEXTS = ("pass_name", "rule", "node", "qualified_name", "detail", "source")
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a pipeline ran with.
+
+    Args:
+        pipeline: the passes, on one line.
+        packages: names of the packages that they come from.
+        start: the stage that the pipeline begins at.
+        index: the failing pass's place.
+        seed: for verification and passes.
+        verify: level of verification.
+        limit: the most edits, or None.
+        calibration: token windows, or None.
+    """
+
+    pipeline: str
+    packages: tuple[str, ...]
+    start: Stage
+    index: int
+    seed: int
+    verify: int
+    limit: int | None
+    calibration: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reproducer:
+    """What a folder holds.
+
+    Args:
+        failure: how it failed.
+        circumstances: what it ran with.
+        start: the program as the pipeline got it.
+        before: the program just before the failing pass.
+        versions: of packages, where it failed.
+        weights: whether the programs have their weights.
+    """
+
+    failure: Failure
+    circumstances: Circumstances
+    start: Program
+    before: Program
+    versions: Mapping[str, str]
+    weights: bool
+
+
+def write_reproducer(
+    parent: Path | None, error: Exception, failure: Failure, at: Circumstances, start: Snapshot, before: Snapshot
+) -> Path:
+    """Write a folder, and say where.
+
+    Args:
+        parent: the folder to make it in; None: the system's folder for temporary files.
+        error: with its traceback.
+        failure: the same, to be compared.
+        at: what the pipeline ran with.
+        start: the program as the pipeline got it.
+        before: the program just before the failing pass; may be the same object.
+
+    Raises:
+        OSError: where it cannot be written.
+        GraphError: GRAPH-001 where the program holds what cannot be written to a file.
+    """
+    programs = {"start": start.program()}
+    if before is not start:
+        programs["before"] = before.program()
+    # Before a folder is made, since they may fail.
+    graphs = {name: json.dumps(program_to_json(program)) for name, program in programs.items()}
+    new = {name: tensor for name, tensor in before.weights.items() if start.weights.get(name) is not tensor}
+    stored = {"start": start.weights, "before": new}
+    complete = not any(tensor.is_meta for tensors in stored.values() for tensor in tensors.values())
+    kept = complete and sum(t.numel() * t.element_size() for ts in stored.values() for t in ts.values()) < WEIGHTS_LIMIT
+    folder = _new_folder(parent, at.index, failure.pass_name)
+    try:
+        for name, text in graphs.items():
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+            if kept:
+                _write_tensors(folder / f"{name}.safetensors", stored[name])
+        _write_rest(folder, error, failure, at, start, before, kept=kept)
+    except BaseException:
+        # Nothing half-written is left behind.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write_rest(
+    folder: Path,
+    error: Exception,
+    failure: Failure,
+    at: Circumstances,
+    start: Snapshot,
+    before: Snapshot,
+    *,
+    kept: bool,
+) -> None:
+    """Everything but the programs and their weights."""
+    if at.calibration is not None:
+        _write_tensors(folder / "calibration.safetensors", {"tokens": at.calibration})
+    content = {
+        "format": FORMAT,
+        "failure": vars(failure),
+        "start": str(at.start),
+        "index": at.index,
+        "seed": at.seed,
+        "verify": at.verify,
+        "limit": at.limit,
+        "weights": kept,
+        "calibration": at.calibration is not None,
+        "edits_at_start": len(start.edits),
+    }
+    _write_json(folder / FILE, content)
+    _write_json(folder / "versions.json", versions(at.packages))
+    dump_edits(folder, before.edits)
+    trace = "".join(traceback.format_exception(error))
+    missing = "" if kept else _WITHOUT_WEIGHTS
+    texts = {
+        "pipeline.txt": at.pipeline,
+        "error.txt": f"{failure.text}\n\n{trace}",
+        "program.txt": program_text(before.program(), weights=True),
+        "README.txt": _README.format(failure=failure.text, pass_name=failure.pass_name, missing=missing),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies: files hold no tensor twice, and tensors may be views of one.
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+_README = """A pass of Skink failed here, and this folder holds what it takes to see it again:
+
+    {failure}
+
+From inside this folder, on any machine with the versions of versions.json:
+
+    skink repro .              run the pipeline again, from the start
+    skink repro . --local      run it from just before the pass {pass_name}
+    skink bisect .             find the first rewrite that does it, and show it
+
+{missing}The model's graph, its weights and the calibration tokens are in here: look through it before you send it to
+anybody.
+"""
+_WITHOUT_WEIGHTS = """The weights are not in here: they are too large, or there were none. Structure and shapes can be
+checked again, numbers cannot, unless you have the model: skink repro . --weights-of MODEL
+
+"""
+
+
+def read_reproducer(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Reproducer:
+    """What a folder holds; it may come from anybody, so everything in it is checked.
+
+    Args:
+        folder: where it is.
+        weights: by qualified name, for a folder that was written without them.
+
+    Raises:
+        ReproducerError: REPRO-001 where anything is missing, damaged, or of another format.
+    """
+    try:
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{FILE} is no object")
+        if content["format"] != FORMAT:
+            raise ValueError(f"it is of format {content['format']!r}, and this Skink reads format {FORMAT}")
+        failure = Failure(**{key: _text(content["failure"][key]) for key in ("kind", "code", "pass_name", "text")})
+        with_weights = content["weights"] is True
+        start_weights = _tensors(folder / "start.safetensors") if with_weights else dict(weights or {})
+        start = _program(folder / "start.json", start_weights, complete=with_weights)
+        if (folder / "before.json").exists():
+            changed = _tensors(folder / "before.safetensors") if with_weights else {}
+            before = _program(folder / "before.json", {**start_weights, **changed}, complete=with_weights)
+        else:
+            before = start.clone()
+        edits = _edits(folder / EDITS_FILE)
+        start.edits[:], before.edits[:] = edits[: _number(content["edits_at_start"])], edits
+        calibration = _tensors(folder / "calibration.safetensors")["tokens"] if content["calibration"] is True else None
+        known = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+        circumstances = Circumstances(
+            pipeline=(folder / "pipeline.txt").read_text(encoding="utf-8").strip(),
+            packages=tuple(str(name) for name in known),
+            start=Stage[_text(content["start"]).upper()],
+            index=_number(content["index"]),
+            seed=_number(content["seed"]),
+            verify=_number(content["verify"]),
+            limit=None if content["limit"] is None else _number(content["limit"]),
+            calibration=calibration,
+        )
+        versions_there = {str(name): _text(value) for name, value in known.items()}
+        return Reproducer(failure, circumstances, start, before, versions_there, not start.is_meta)
+    except (
+        OSError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+        SafetensorError, SkinkError,
+    ) as error:  # fmt: skip
+        reason = error.what if isinstance(error, SkinkError) else first_line(error)
+        raise ReproducerError(
+            "REPRO-001",
+            f"{str(folder)!r} is no reproducer that can be read.",
+            why=reason,
+            fix=f"give the folder that a failure left, with {FILE} in it, copied whole.",
+        ) from error
+
+
+def _program(path: Path, weights: Mapping[str, Tensor], *, complete: bool) -> Program:
+    program = load_graph(path.read_text(encoding="utf-8"), weights)
+    missing = next((name for name, tensor in program.weights() if tensor.is_meta), None)
+    if complete and missing is not None:
+        raise ValueError(f"{path.name} reads the weight {missing!r}, which is not in the folder")
+    refresh(program)
+    return program
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
+        raise TypeError(f"{value!r} is no whole number of 64 bits")
+    return value
+
+
+def _edits(path: Path) -> list[Edit]:
+    """The log of edits; a file without them is left out."""
+    found: list[Edit] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        entry = json.loads(line)
+        error = entry["error"]
+        texts = {key: _text(entry[key]) for key in _EDIT_TEXTS}
+        found.append(Edit(index=len(found), **texts, error=None if error is None else float(error)))
+    return found
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _new_folder(parent: Path | None, index: int, pass_name: str) -> Path:
+    name = f"reproducer_{index:02d}_{pass_name}"
+    if parent is None:
+        return Path(tempfile.mkdtemp(prefix=f"skink_{name}_"))
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{parent} is full of reproducers")
