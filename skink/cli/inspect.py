@@ -1,5 +1,7 @@
-"""`skink inspect`: what was captured and raised, by layer."""
+"""`skink inspect`: what was captured and raised, by layer, and what was not."""
 
+import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,9 +13,11 @@ from skink.cli.arguments import AsJson, Model
 from skink.cli.console import Session, session_of
 
 if TYPE_CHECKING:
-    from skink.cli.inspection import Attention, Inspection, Layer, Rotary
+    from skink.cli.inspection import Attention, Block, Inspection, Layer, Rotary
+    from skink.cli.leftovers import Leftover
 
 _PLACES_SHOWN = 3
+_NUMBER = re.compile(r"\d+")
 
 
 def inspect(
@@ -97,6 +101,7 @@ def _likeness(layer: "Layer") -> object:
         [*layer.attention],
         [(norm.name[inside:], norm.kind, norm.size, norm.eps, norm.offset) for norm in layer.norms],
         [*layer.rotary],
+        [_block_text(block, layer.name) for block in layer.feed_forward],
         [(linear.name[inside:], linear.shape, linear.bias, linear.tied_to) for linear in layer.linear],
         [(other.name[inside:], other.shape) for other in layer.others],
         [(state.shape, state.growth, state.limit) for state in layer.state],
@@ -118,6 +123,7 @@ def _show_layer(session: Session, names: list[str], layer: "Layer") -> None:
     title.append(f"  {count(layer.parameters)} parameters{each}", style="not bold dim")
     lines = [("attention", _attention_text(entry)) for entry in layer.attention]
     lines += [("rotary", _rotary_text(entry)) for entry in layer.rotary]
+    lines += [_block_line(block, layer.name) for block in layer.feed_forward]
     lines += _weight_lines(layer)
     if layer.state:
         lines.append(("state", _state_text(layer)))
@@ -167,6 +173,24 @@ def _rotary_text(rotary: "Rotary") -> str:
     return f"{rotary.count} tensors, {part}, {pairs}"
 
 
+def _block_line(block: "Block", layer: str) -> tuple[str, str]:
+    return ("experts" if block.kind == "experts" else "feed-forward", _block_text(block, layer))
+
+
+def _block_text(block: "Block", layer: str) -> str:
+    from skink.export.report.formatting import count
+
+    kind = f"gated {block.activation}" if block.gated else block.activation
+    text = f"{kind}, {count(block.width)} wide"
+    if block.kind != "experts":
+        return text
+    parts = [f"{block.experts}, {block.chosen} for each token", text]
+    if block.router:
+        parts.append(f"chosen by {block.router.removeprefix(f'{layer}.')}")
+    parts += [f"and for every token {_block_text(shared, layer)}" for shared in block.shared]
+    return ", ".join(parts)
+
+
 def _attention_text(attention: "Attention") -> str:
     heads = f"{attention.heads} heads of {attention.head_size}"
     if attention.kv_heads != attention.heads:
@@ -178,6 +202,8 @@ def _attention_text(attention: "Attention") -> str:
         parts.append(f"soft cap {attention.softcap:g}")
     if attention.sinks:
         parts.append("sinks")
+    if attention.alibi:
+        parts.append("ALiBi")
     return ", ".join(parts)
 
 
@@ -210,13 +236,38 @@ def _show_refused(session: Session, inspected: "Inspection") -> None:
     if not inspected.refused:
         session.show(Text("Nothing that looked like a known idiom was left unraised.", style="dim"))
         return
-    reasons: dict[str, list[str]] = {}
-    for where, reason in inspected.refused:
-        reasons.setdefault(reason, []).append(where)
+    reasons: dict[tuple[str, str], list[Leftover]] = {}
+    for entry in inspected.refused:
+        subject = f"{entry.operator}: " if entry.what else ""
+        # Names of nodes are numbered through the whole graph.
+        reasons.setdefault((subject, re.sub(r"%\w+", "%...", entry.reason)), []).append(entry)
     session.show(Text("Not raised", style="bold"))
-    for reason, places in reasons.items():
-        session.show(f"  {reason} ({len(places)} place{'s' * (len(places) != 1)})")
+    for (subject, reason), entries in reasons.items():
+        session.show(Text(f"  {subject}{reason} ({len(entries)} place{'s' * (len(entries) != 1)})"))
+        places = folded_places(entries)
         for place in places[:_PLACES_SHOWN]:
             session.show(Text(f"    {place}", style="dim"))
         if len(places) > _PLACES_SHOWN:
             session.show(Text(f"    and {len(places) - _PLACES_SHOWN} more; --json lists all", style="dim"))
+
+
+def folded_places(entries: "list[Leftover]") -> list[str]:
+    """Where the entries are; those whose layers alone differ are one: `model.layers.0 to 31.mlp (x.py:7)`."""
+    numbers: dict[tuple[str, str, str], list[int]] = {}
+    for entry in entries:
+        name = entry.module or entry.where
+        found = _NUMBER.search(name) if entry.module else None
+        before, after = (name[: found.start()], name[found.end() :]) if found else (name, "")
+        source = f" ({entry.source})" if entry.source and entry.module else ""
+        numbers.setdefault((before, after, source), []).append(int(found.group()) if found else -1)
+    return [f"{before}{_ranges(layers)}{after}{source}" for (before, after, source), layers in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0 to 3, 5`; empty for what has no number."""
+    ordered = sorted(set(numbers) - {-1})
+    if not ordered:
+        return ""
+    breaks = [index for index, (one, next_) in enumerate(pairwise(ordered), start=1) if next_ != one + 1]
+    runs = [ordered[begin:end] for begin, end in pairwise([0, *breaks, len(ordered)])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)

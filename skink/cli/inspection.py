@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from skink.cli.leftovers import Leftover, leftovers
 from skink.errors import StateError
+from skink.graph.blocks import FeedForward, feed_forward_blocks
 from skink.graph.cost import ProgramCost, program_cost
 from skink.graph.passes import linear_weight
+from skink.graph.pattern import through_casts
 from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program, StateInput
 from skink.graph.state import derive_step
@@ -45,6 +48,7 @@ class Attention:
     window: int
     softcap: float
     sinks: bool
+    alibi: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,24 @@ class Rotary:
     rotated: int
     head_size: int
     interleaved: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One feed-forward block: `plain`, `gated` or `experts`, its activation and its inner width.
+
+    With experts, how many there are, how many each token uses, the weight that scores them, and the blocks beside them.
+    """
+
+    name: str
+    kind: str
+    activation: str
+    width: int
+    gated: bool
+    experts: int = 0
+    chosen: int = 0
+    router: str = ""
+    shared: tuple["Block", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,7 @@ class Layer:
     attention: list[Attention] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     rotary: list[Rotary] = field(default_factory=list)
+    feed_forward: list[Block] = field(default_factory=list)
     linear: list[Linear] = field(default_factory=list)
     others: list[OtherWeight] = field(default_factory=list)
     state: list[StateInput] = field(default_factory=list)
@@ -111,11 +134,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A program by layer; `refused` pairs a place with the reason why a rule did not apply there."""
+    """A program by layer, and what was not raised; `no_state` says why it cannot be stepped, where it cannot."""
 
     program: Program
     layers: list[Layer]
-    refused: list[tuple[str, str]]
+    refused: list[Leftover]
     no_state: str
     cost: ProgramCost
 
@@ -124,22 +147,27 @@ def inspect_program(program: Program, *, context: int) -> Inspection:
     """Canonicalise a program, on a copy, and describe what came of it."""
     canonical = program.clone()
     result = Pipeline((Canonicalize(),), start=canonical.stage).run(canonical, verify=1)
-    refused = [place for record in result.passes for place in record.rejections()]
-    layers = _layers(canonical)
+    blocks = feed_forward_blocks(canonical)
+    refused = leftovers(canonical, blocks, [entry for record in result.passes for entry in record.result.refused])
+    layers = _layers(canonical, blocks)
     no_state = _add_state(canonical, layers)
     return Inspection(canonical, list(layers.values()), refused, no_state, program_cost(canonical, context=context))
 
 
-def _layers(program: Program) -> dict[str, Layer]:
+def _layers(program: Program, blocks: Sequence[FeedForward]) -> dict[str, Layer]:
     layers: dict[str, Layer] = {"": Layer("")}
     counted: set[str] = set()
+    inside = {node for block in blocks for part in (block, *block.shared) for node in part.nodes}
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        weights = [entry.target for entry in node.all_input_nodes if entry.op == "get_attr"]
+        # What type_as casts like is read for its dtype alone.
+        reads = node.all_input_nodes[:1] if node.target is aten.type_as.default else node.all_input_nodes
+        weights = [str(entry.target) for entry in reads if entry.op == "get_attr"]
         layer_name = _layer_name(weights, node)
         layer = layers.setdefault(layer_name, Layer(layer_name))
-        _describe_node(program, node, layer)
+        if node not in inside:
+            _describe_node(program, node, layer)
         own = linear_weight(program, node)
         if own is not None:
             layer.linear.append(_linear(program, node, own, tied=own in counted))
@@ -153,6 +181,8 @@ def _layers(program: Program) -> dict[str, Layer]:
         fresh = {weight for weight in weights if weight not in program.buffers} - counted
         layer.parameters += sum(program.weight(weight).numel() for weight in fresh)
         counted |= fresh
+    for block in blocks:
+        layers[_layer_name([block.down.weight], block.output)].feed_forward.append(_block(block))
     outside = layers.pop("")
     return {**layers, "": outside}
 
@@ -178,6 +208,7 @@ def _describe_node(program: Program, node: fx.Node, layer: Layer) -> None:
                 window=int(arguments["window"]),
                 softcap=float(arguments["softcap"]),
                 sinks=arguments["sinks"] is not None,
+                alibi=arguments["alibi"] is not None,
             )
         )
     elif node.target is RMS_NORM.overload:
@@ -194,6 +225,22 @@ def _describe_node(program: Program, node: fx.Node, layer: Layer) -> None:
         short = name.split(".")[1] if name.startswith(("aten.", "operator.")) else name
         if short not in _PLUMBING:
             layer.operators[short] += 1
+
+
+def _block(block: FeedForward) -> Block:
+    scores = block.router.args[1] if block.router is not None else None
+    router = through_casts(scores)
+    return Block(
+        name=block.module,
+        kind=block.kind,
+        activation=block.activation,
+        width=block.width,
+        gated=block.gate is not None,
+        experts=block.experts,
+        chosen=block.chosen,
+        router=str(router.target).removesuffix(".weight") if isinstance(router, fx.Node) else "",
+        shared=tuple(map(_block, block.shared)),
+    )
 
 
 def _add_rotary(node: fx.Node, layer: Layer) -> None:
@@ -256,12 +303,12 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
                 "parameters": layer.parameters,
                 **{
                     key: [dataclasses.asdict(entry) for entry in getattr(layer, key)]
-                    for key in ("attention", "norms", "rotary", "linear", "others", "state")
+                    for key in ("attention", "norms", "rotary", "feed_forward", "linear", "others", "state")
                 },
                 "operators": dict(layer.operators),
             }
             for layer in inspection.layers
         ],
-        "refused": [{"where": where, "reason": reason} for where, reason in inspection.refused],
+        "refused": [dataclasses.asdict(entry) for entry in inspection.refused],
         "no_state": inspection.no_state,
     }

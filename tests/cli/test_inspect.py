@@ -3,10 +3,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from skink.cli.inspect import _attention_text, _state_elements, _state_text
-from skink.cli.inspection import Attention, Layer
+from skink.cli.inspect import _attention_text, _block_line, _state_elements, _state_text, folded_places
+from skink.cli.inspection import Attention, Block, Layer
+from skink.cli.leftovers import Leftover
 from skink.graph.program import StateInput
 from tests.cli.conftest import Run
 from tests.models import build
@@ -26,13 +28,29 @@ def test_a_layer_is_listed_with_all_its_parts(inspected: dict[str, Any]) -> None
     first, second, outside = inspected["layers"]
     assert (first["name"], second["name"], outside["name"]) == ("model.layers.0", "model.layers.1", "")
     assert first["attention"] == [
-        {"heads": 4, "kv_heads": 2, "head_size": 8, "causal": True, "window": 0, "softcap": 0.0, "sinks": False}
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "head_size": 8,
+            "causal": True,
+            "window": 0,
+            "softcap": 0.0,
+            "sinks": False,
+            "alibi": False,
+        }
     ]
     assert [norm["name"] for norm in first["norms"]] == [
         "model.layers.0.input_layernorm",
         "model.layers.0.post_attention_layernorm",
     ]
     assert first["rotary"] == [{"count": 2, "rotated": 8, "head_size": 8, "interleaved": False}]
+    (block,) = first["feed_forward"]
+    assert (block["name"], block["kind"], block["activation"], block["width"]) == (
+        "model.layers.0.mlp",
+        "gated",
+        "silu",
+        64,
+    )
     shapes = {linear["name"].rpartition(".")[2]: (linear["shape"], linear["parameters"]) for linear in first["linear"]}
     assert shapes["k_proj"] == ([16, 32], 512)
     assert shapes["down_proj"] == ([32, 64], 2048)
@@ -60,6 +78,8 @@ def test_a_skink_folder_shows_what_was_rewritten(run: Run, compressed: Path) -> 
     assert "model.layers.0.self_attn.q_proj.down" in names
     assert "model.layers.0.self_attn.q_proj.up" in names
     assert found["stage"] == "rewritten"
+    assert [block["activation"] for block in found["layers"][0]["feed_forward"]] == ["silu"]
+    assert found["refused"] == []
     assert found["layers"][0]["attention"][0]["kv_heads"] == 2
     assert run("inspect", compressed, "--meta", "--json").json["totals"] == found["totals"]
 
@@ -94,8 +114,49 @@ def test_like_layers_are_shown_once(run: Run, compressed: Path) -> None:
 
 
 def test_attention_is_described_in_words() -> None:
-    attention = Attention(heads=8, kv_heads=8, head_size=16, causal=False, window=5, softcap=50.0, sinks=True)
-    assert _attention_text(attention) == "8 heads of 16, both ways, window 5, soft cap 50, sinks"
+    attention = Attention(
+        heads=8, kv_heads=8, head_size=16, causal=False, window=5, softcap=50.0, sinks=True, alibi=True
+    )
+    assert _attention_text(attention) == "8 heads of 16, both ways, window 5, soft cap 50, sinks, ALiBi"
+
+
+def test_experts_are_described_in_words() -> None:
+    shared = Block("model.layers.0.mlp.shared", "gated", "silu", 40, gated=True)
+    block = Block(
+        "model.layers.0.mlp.experts", "experts", "relu2", 32, gated=False, experts=8, chosen=2,
+        router="model.layers.0.mlp.gate", shared=(shared,),
+    )  # fmt: skip
+    assert _block_line(block, "model.layers.0") == (
+        "experts",
+        "8, 2 for each token, relu2, 32 wide, chosen by mlp.gate, and for every token gated silu, 40 wide",
+    )
+    assert _block_line(shared, "") == ("feed-forward", "gated silu, 40 wide")
+
+
+def test_places_that_differ_in_their_layer_are_one() -> None:
+    def place(module: str, source: str = "x.py:1") -> Leftover:
+        return Leftover("norm", "rsqrt", module, source, f"%rsqrt, {module}", "")
+
+    layers = [place(f"model.layers.{index}.norm") for index in (0, 1, 2, 5)]
+    assert folded_places([*layers, place("model.norm"), place("model.layers.3.norm", "x.py:2")]) == [
+        "model.layers.0 to 2, 5.norm (x.py:1)",
+        "model.norm (x.py:1)",
+        "model.layers.3.norm (x.py:2)",
+    ]
+    assert folded_places([place("")]) == ["%rsqrt, "]
+
+
+def test_an_encoder_is_shown_with_why_it_cannot_be_stepped(run: Run, tmp_path: Path) -> None:
+    options = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("bert", num_attention_heads=2, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
+    done = run("inspect", tmp_path / "bert", "--meta")
+    assert done.code == 0, done.stderr
+    assert "both ways" in done.stdout
+    assert "feed-forward  gelu, 64 wide" in done.stdout
+    _, found, why = done.stdout.partition("Cannot be stepped")
+    assert found
+    assert "is not causal" in why
 
 
 def test_a_ring_says_how_much_it_keeps() -> None:
@@ -117,8 +178,8 @@ def test_what_is_not_raised_is_said_with_its_reason(run: Run, tiny: Path, monkey
     _, found, listed = done.stdout.partition("Not raised")
     assert found
     assert "the factor is not a weight (5 places)" in listed
-    assert "model.layers.0.input_layernorm" in listed
-    assert "and 2 more" in listed
+    assert "    model.layers.0 to 1.input_layernorm (cli/test_inspect.py:" in listed
+    assert "    model.norm (cli/test_inspect.py:" in listed
 
 
 def test_more_context_costs_more(run: Run, compressed: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skink.cli.inspection import inspect_program
+from skink.cli.inspection import as_json, inspect_program
 from skink.graph.capture import capture
 from tests.models import tiny
 
@@ -42,3 +42,26 @@ def test_the_captured_program_is_left_alone() -> None:
     before = str(program)
     inspect_program(program, context=8)
     assert str(program) == before
+
+
+def test_feed_forward_blocks_stand_with_their_layer(mistral) -> None:
+    config = tiny("mistral").config
+    for layer in mistral.layers[:-1]:
+        (block,) = layer.feed_forward
+        assert block.name == f"{layer.name}.mlp"
+        assert (block.kind, block.activation, block.width) == ("gated", "silu", config.intermediate_size)
+        assert "silu" not in layer.operators
+    assert mistral.layers[-1].feed_forward == []
+    assert mistral.refused == []
+
+
+def test_experts_name_their_router() -> None:
+    inspected = inspect_program(capture(tiny("mixtral")), context=8)
+    (block,) = inspected.layers[1].feed_forward
+    assert (block.kind, block.experts, block.chosen) == ("experts", 4, 2)
+    assert block.router == "model.layers.1.mlp.gate"
+    assert inspected.refused == []
+    layer = as_json(inspected)["layers"][1]
+    assert layer["feed_forward"][0]["router"] == "model.layers.1.mlp.gate"
+    weights = {other["name"]: other["used_by"] for other in layer["others"]}
+    assert weights == {f"model.layers.1.mlp.experts.{name}_proj": "skink.experts" for name in ("gate_up", "down")}
