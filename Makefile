@@ -1,6 +1,7 @@
 # make quickstart   compress the model that ships and print what it cost and gained
 # make test         the tests
 # make check        formatting, lint and types
+# make zoo          every family of transformers through Skink; writes docs/zoo.md (half an hour)
 # make bench        CPU benchmarks; make bench-gpu: GPU benchmarks
 # make clean        remove what was built (not the environment)
 #
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 CPP := CMakeLists.txt build_backend.py $(shell find skink -name '*.h' -o -name '*.cpp')
 
-.PHONY: quickstart test check bench bench-gpu clean environment
+.PHONY: quickstart test check zoo bench bench-gpu clean environment
 
 quickstart: $(VENV)/.skink
 	$(BIN)/skink compress stdlib-llama --recipe quickstart --out build/quickstart --overwrite --onnx \
@@ -26,6 +27,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+zoo: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo
 
 bench: $(VENV)/.skink
 	@set -e; for suite in benchmarks/cpu/*.py; do echo "== $$suite"; $(BIN)/python $$suite; done

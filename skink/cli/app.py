@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from skink.cli.arguments import VariadicCommand
 from skink.cli.bench import bench
+from skink.cli.bisect import bisect
 from skink.cli.compress import compress
 from skink.cli.console import DEFECT, INTERRUPTED, TERMINATED, Session
 from skink.cli.evaluate import evaluate
@@ -21,6 +22,7 @@ from skink.cli.generate import generate
 from skink.cli.inspect import inspect
 from skink.cli.passes import passes
 from skink.cli.quiet import quiet_python
+from skink.cli.repro import repro
 from skink.errors import OutputError, SkinkError
 
 # Seconds.
@@ -113,6 +115,8 @@ for _name, _command in (
     ("export", export),
     ("bench", bench),
     ("passes", passes),
+    ("bisect", bisect),
+    ("repro", repro),
 ):
     app.command(_name, cls=VariadicCommand)(_command)
 

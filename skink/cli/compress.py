@@ -96,10 +96,11 @@ def compress(
     verify: Annotated[
         int | None,
         typer.Option(
-            metavar="0|1|2",
+            metavar="0|1|2|3",
             min=0,
-            max=2,
-            help="Checks after each pass: 0 none, 1 structure, 2 numbers too (default, or SKINK_VERIFY).",
+            max=3,
+            help="Checks after each pass: 0 none, 1 structure, 2 numbers too (default, or SKINK_VERIFY), 3 numbers "
+            "after every single edit.",
             rich_help_panel=WORK,
             show_default=False,
         ),

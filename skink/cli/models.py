@@ -21,8 +21,8 @@ class Loaded:
     tokenizer: Any
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Loaded:
-    """A Hugging Face model, in eval mode, by hub id, folder, Skink folder or `stdlib-llama`.
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", encoders: bool = False) -> Loaded:
+    """A Hugging Face decoder, or with `encoders` an encoder, in eval mode, by hub id, folder or `stdlib-llama`.
 
     Raises:
         ModelError: MODEL-001 ... -003.
@@ -35,7 +35,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Loaded
             f"{name!r} is an ONNX folder, and this needs a PyTorch model.",
             fix=f"give {str(Path(name).parent)!r}, if that is the folder it was exported from.",
         )
-    model, tokenizer = load_source(name, dtype=dtype, device=device)
+    model, tokenizer = load_source(name, dtype=dtype, device=device, encoders=encoders)
     return Loaded(model, tokenizer)
 
 
@@ -87,6 +87,7 @@ def captured_program(name: str, *, meta: bool) -> "Program":
 
     from skink.export.huggingface import SkinkConfig, SkinkForCausalLM
     from skink.export.huggingface.checkpoint import read_graph
+    from skink.export.huggingface.loading import encoder_class
     from skink.graph.capture import capture
 
     config = _configuration(name)
@@ -94,11 +95,13 @@ def captured_program(name: str, *, meta: bool) -> "Program":
         if isinstance(config, SkinkConfig):
             return read_graph(_place(name), {})
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            encoder = encoder_class(config)
+            made = encoder(config) if encoder else AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = made.eval()
     else:
         # As stored, so that sizes are those of the files.
         stored = str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")
-        model = load_model(name, dtype=stored).model
+        model = load_model(name, dtype=stored, encoders=True).model
     if isinstance(model, SkinkForCausalLM):
         return model.program
     program = capture(model)
@@ -107,11 +110,12 @@ def captured_program(name: str, *, meta: bool) -> "Program":
 
 
 def _configuration(name: str) -> Any:
-    """The configuration of a decoder."""
+    """The configuration of a decoder or encoder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from skink.export.huggingface import SkinkConfig, register
     from skink.export.huggingface.checkpoint import read_config
+    from skink.export.huggingface.loading import encoder_class
 
     register()
     path = _place(name)
@@ -126,7 +130,8 @@ def _configuration(name: str) -> Any:
             why=str(error).strip().split("\n", 1)[0],
             fix="check the path, the name and the network, or use 'stdlib-llama', which ships with Skink.",
         ) from error
-    if not isinstance(config, SkinkConfig) and type(config) not in AutoModelForCausalLM._model_mapping:
+    decodes = isinstance(config, SkinkConfig) or type(config) in AutoModelForCausalLM._model_mapping
+    if not decodes and encoder_class(config) is None:
         raise ModelError(
             "MODEL-001",
             f"{name!r} is a {config.model_type} model, which is not a causal language model.",

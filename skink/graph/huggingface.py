@@ -1,195 +1,193 @@
-"""What Hugging Face decoders need for capture: attention and masks as semantic ops, no cache, explicit inputs.
+"""What Hugging Face models need for capture: explicit inputs, no cache, attention and experts as semantic ops.
 
-transformers lets a library register its own attention function and its own mask function. Ours put `skink::attention`
-straight into the graph, and keep mask building out of it: the mask function recognises what kind of mask the model
-asks for (causal, windowed, bidirectional) and the attention function turns that into the op's arguments.
+A model is captured with our attention where it lets that be set (`huggingface_attention.py`), and otherwise with
+transformers' plain one, whose masks are tensors in the graph.
 """
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from skink.errors import CaptureError
 from skink.graph.capture import Subject
-from skink.graph.program import Input
-
-IMPLEMENTATION = "skink"
+from skink.graph.huggingface_attention import IMPLEMENTATION, OwnMaskError
+from skink.graph.huggingface_experts import IMPLEMENTATION as EXPERTS_IMPLEMENTATION
+from skink.graph.program import Input, Program
 
 # Exported in bfloat16 so that casts to the model's own dtype can be told from casts to float32; see Subject.cast.
 _EXPORT_DTYPE = torch.bfloat16
 
+# What models are told of each token; all int64[B, T].
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
-# Which (causal, window) each mask that a model passes to its attention stands for, for as long as the mask lives.
-_MASK_KINDS = WeakTensorKeyDictionary()
 
+class _Forward(nn.Module):
+    """A model as a pure function of tokens, mask and positions.
 
-def classify_mask(mask_function: Callable[..., Any]) -> tuple[bool, int] | None:
-    """(causal, window) of a transformers mask function, found by asking it; None where it is of another kind.
-
-    A mask function says for (batch, head, query, key) whether the query may see the key. It is asked for every pair of
-    a few hundred positions, and the answers are compared with what a causal mask and its window would give.
+    Args:
+        model: any Hugging Face model.
+        names: the inputs that its forward takes, in order.
+        output: which of its outputs is wanted.
+        plain: keep transformers' own attention, with its masks as tensors.
     """
-    # Far enough for windows and chunks of any size that a model uses: sampled positions, not every one.
-    positions = torch.tensor(sorted({*range(72), *(2**k + d for k in range(7, 21) for d in (-1, 0, 1))}))
-    zero = torch.tensor(0)
-    query, key = positions[:, None], positions[None, :]
-    try:
-        seen = torch.as_tensor(mask_function(zero, zero, query, key)).expand(len(positions), len(positions))
-    except Exception:
-        # It indexes tensors of the model's own inputs by these positions, in ways that no type of error is sure for: a
-        # mask that depends on them is none of our kinds, and the caller says so.
-        return None
-    if isinstance(seen, FakeTensor):
-        return None  # it depends on the inputs
-    if bool(seen.all()):
-        return False, 0
-    if torch.equal(seen, key <= query):
-        return True, 0
-    last = int(positions[-1])
-    distance = _largest_distance(mask_function, last)
-    window = distance + 1
-    if torch.equal(seen, (key <= query) & (key > query - window)):
-        return True, window
-    return None
 
-
-def _largest_distance(mask_function: Callable[..., Any], query: int) -> int:
-    """How far back from `query` the mask function lets it see, by bisection."""
-    zero = torch.tensor(0)
-    low, high = 0, query
-    while low < high:
-        middle = (low + high + 1) // 2
-        if bool(mask_function(zero, zero, torch.tensor(query), torch.tensor(query - middle))):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    if attention_mask is None:
-        raise CaptureError(
-            "CAPTURE-003", "the model drops its padding mask before attention.", fix="pass attention_mask."
-        )
-    # Tracing modes belong to a thread: in another one the mask function computes real values.
-    with ThreadPoolExecutor(max_workers=1) as untraced:
-        kind = untraced.submit(classify_mask, mask_function).result()
-    if kind is None:
-        raise CaptureError(
-            "CAPTURE-003",
-            "this model's attention mask is none of causal, causal with a window, and bidirectional.",
-            where=getattr(mask_function, "__qualname__", ""),
-            fix="Skink cannot capture models with chunked, packed or prefix masks yet.",
-        )
-    # A tensor object of its own for each kind; the copy is cleaned away later.
-    mask = attention_mask.view_as(attention_mask)
-    _MASK_KINDS[mask] = kind
-    return mask
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    name = type(module).__name__
-    if position_bias is not None:
-        raise CaptureError("CAPTURE-003", f"{name} adds a position bias to its scores.", fix="not supported yet.")
-    kind = (True, 0)
-    if attention_mask is not None:
-        found = _MASK_KINDS.get(attention_mask)
-        if found is None:
-            raise CaptureError(
-                "CAPTURE-003",
-                f"{name} builds its attention mask itself, outside transformers' mask interface.",
-                fix="Skink recognises such masks by pattern in a later release; capture another attention class.",
-            )
-        kind = found
-    elif not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-        kind = (False, 0)
-    causal, window = kind
-    result = torch.ops.skink.attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        causal=causal,
-        scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
-        window=window,
-        softcap=float(softcap or 0.0),
-        sinks=s_aux,
-    )
-    return result.transpose(1, 2), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-
-
-class _Decoder(nn.Module):
-    """A decoder as a pure function of tokens, mask and positions."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], output: str, *, plain: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names, self.output, self.plain = model, names, output, plain
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        logits: Tensor = self.model(**arguments, use_cache=False).logits
-        return logits
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        given = (input_ids, attention_mask, position_ids, token_type_ids)
+        arguments: dict[str, Any] = {name: value for name, value in zip(_INPUTS, given) if name in self.names}
+        if self.model.config.model_type == "mpt":
+            # It slices its biases out of those of the longest text, in a way that has no one shape for every length.
+            object.__setattr__(self.model.config, "max_seq_len", input_ids.shape[1])
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            arguments["use_cache"] = False
+        result: Tensor = getattr(self.model(**arguments), self.output)
+        return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Decoder":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
         # The copy alone is told to use our attention, so that the caller's model keeps its own.
-        clone = _Decoder(copy.deepcopy(self.model, memo))
+        clone = _Forward(copy.deepcopy(self.model, memo), self.names, self.output, plain=self.plain)
         model = clone.model
-        model.set_attn_implementation(IMPLEMENTATION)
+        _set_attention(model, plain=self.plain)
+        _count_positions(self.model, model)
         if getattr(model, "_can_set_experts_implementation", lambda: False)():
-            # The one implementation whose shapes do not depend on which experts are chosen.
-            model.set_experts_implementation("batched_mm")
+            model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         model.config.use_cache = False
         return clone
 
 
-def huggingface_subject(model: nn.Module) -> Subject:
-    """How to capture a Hugging Face decoder.
+def _set_attention(model: PreTrainedModel, *, plain: bool) -> None:
+    """Our attention where a model lets it be set, and elsewhere transformers' plain one, whose masks are tensors."""
+    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for owner in owners:
+        if not plain and owner._can_set_attn_implementation():
+            owner.set_attn_implementation(IMPLEMENTATION)
+    for owner in owners:
+        if owner.config._attn_implementation != IMPLEMENTATION:
+            # There is no public way: `set_attn_implementation` refuses classes with attention of their own.
+            owner.config._attn_implementation_internal = "eager"
+
+
+class _Count:
+    """Positions one after the other from `first`, as many as are asked for."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        rows, columns = index
+        return torch.arange(self.first + (columns.start or 0), self.first + columns.stop)[None][rows]
+
+
+def _count_positions(source: nn.Module, copied: nn.Module) -> None:
+    """Count where encoders read positions off a buffer: its length would bound the number of tokens in the graph."""
+    for original, module in zip(source.modules(), copied.modules(), strict=True):
+        buffer = original._buffers.get("position_ids")
+        if buffer is None or buffer.is_meta or buffer.dim() != 2 or buffer.shape[0] != 1:
+            continue
+        first = int(buffer[0, 0])
+        if torch.equal(buffer[0], torch.arange(first, first + buffer.shape[1], device=buffer.device)):
+            del module._buffers["position_ids"]
+            module.__dict__["position_ids"] = _Count(first)
+
+
+def capture_huggingface(model: nn.Module, run: Callable[[Subject], Program]) -> Program:
+    """Capture a Hugging Face decoder or encoder with `run`.
+
+    Attention and masks become semantic ops where the model goes through transformers' interfaces. A model that does
+    something else with its masks is captured with them as tensors, to be raised by pattern.
 
     Raises:
-        CaptureError: CAPTURE-004 where it is none.
+        CaptureError: CAPTURE-002 not one graph for any number of tokens, CAPTURE-003 an unknown mask, CAPTURE-004 no
+            such model.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(model, PreTrainedModel) or head is None:
+    try:
+        return _run(run, _subject(model, plain=False))
+    except CaptureError as error:
+        first = error
+    if first.code == "CAPTURE-002" and re.search(r"dtype|scalar type", first.why):
+        # Some classes compute in float32 what others do in the dtype of the weights, and mix the two.
+        try:
+            return _run(run, _subject(model, plain=False, cast=None))
+        except CaptureError:
+            raise first from None
+    if first.code in ("CAPTURE-002", "CAPTURE-005") or isinstance(first, OwnMaskError):
+        try:
+            return _run(run, _subject(model, plain=True))
+        except CaptureError as error:
+            first = error if isinstance(first, OwnMaskError) else first
+    if first.code == "CAPTURE-005":
+        raise CaptureError(
+            "CAPTURE-002",
+            f"{type(model).__name__} has not one graph for every number of tokens.",
+            where=first.where,
+            why=first.why or first.what,
+            fix="it reads tokens in a loop, or in parts of a fixed size; other models can be captured.",
+        ) from first
+    raise first
+
+
+def _run(run: Callable[[Subject], Program], subject: Subject) -> Program:
+    """A program for as many tokens as the model can read: not one for those of its first chunk alone."""
+    program = run(subject)
+    longest = program.origin.get("longest", {}).get("T")
+    config: PreTrainedConfig = subject.model.config  # type: ignore[assignment]
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and isinstance(positions, int) and longest < positions:
+        raise CaptureError("CAPTURE-005", f"the graph is for {longest} tokens at most.", fix="capture it in chunks.")
+    return program
+
+
+def _subject(model: nn.Module, *, plain: bool, cast: torch.dtype | None = _EXPORT_DTYPE) -> Subject:
+    if not isinstance(model, PreTrainedModel):
         raise CaptureError(
             "CAPTURE-004",
-            f"{type(model).__name__} is not a Hugging Face model with a language-model head.",
+            f"{type(model).__name__} is not a Hugging Face model.",
             fix="load it with AutoModelForCausalLM, or give example_inputs= for a module of another kind.",
         )
     if model.config.is_encoder_decoder:
         raise CaptureError(
-            "CAPTURE-004", f"{type(model).__name__} is an encoder-decoder model.", fix="only decoders are supported."
+            "CAPTURE-004",
+            f"{type(model).__name__} is an encoder-decoder model.",
+            fix="only decoders and encoders are supported.",
         )
-    names = ("input_ids", "attention_mask", "position_ids")
+    taken = _parameters(model)
+    if "input_ids" not in taken:
+        raise CaptureError(
+            "CAPTURE-004",
+            f"{type(model).__name__} does not take token ids.",
+            fix="give example_inputs= for a module of another kind.",
+        )
+    # What decoders and encoders say of tokens: a decoder is told positions, so that it can go on from any; an encoder
+    # counts them itself, and may be told which of two texts a token is of.
+    wanted = _INPUTS[:3] if model.can_generate() else (*_INPUTS[:2], _INPUTS[3])
+    names = tuple(name for name in wanted if name in taken)
+    headless = model.base_model is model and not model.can_generate()
     inputs = tuple(Input(name, torch.int64, ("B", "T")) for name in names)
-    return Subject(module=_Decoder(model), inputs=inputs, prefix="model.", model=model, cast=_EXPORT_DTYPE)
+    output = "last_hidden_state" if headless else "logits"
+    module = _Forward(model, names, output, plain=plain)
+    return Subject(module, inputs, prefix="model.", model=model, cast=cast, output=output)
+
+
+def _parameters(model: PreTrainedModel) -> set[str]:
+    """Names of what a model's forward takes, also where it hands them on to the model inside it."""
+    parameters = inspect.signature(model.forward).parameters
+    taken = set(parameters)
+    if model.base_model is not model and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()):
+        inner = inspect.signature(model.base_model.forward).parameters
+        taken |= {"position_ids"} & set(inner)
+    return taken

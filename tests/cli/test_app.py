@@ -33,7 +33,7 @@ def test_passes_and_unknown_recipes_do_without_transformers(run_fresh: Run) -> N
 def test_the_module_runs_as_the_command(run_fresh: Run) -> None:
     done = run_fresh("--help")
     assert done.code == 0
-    for name in ("compress", "inspect", "eval", "generate", "export", "bench", "passes"):
+    for name in ("compress", "inspect", "eval", "generate", "export", "bench", "passes", "bisect", "repro"):
         assert name in done.stdout
 
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from skink.cli.models import _place, captured_program, is_onnx, load_model, load_target
 from skink.errors import ModelError
@@ -31,6 +31,19 @@ def test_an_encoder_is_refused(tmp_path: Path, meta: bool) -> None:
     Unknown().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="not a causal language model"):
         captured_program(str(tmp_path), meta=meta)
+
+
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize(("cls", "output"), [(BertModel, "last_hidden_state"), (BertForMaskedLM, "logits")])
+def test_an_encoder_is_captured_as_what_it_was_saved_from(
+    tmp_path: Path, cls: type[BertModel], output: str, meta: bool
+) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    cls(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    program = captured_program(str(tmp_path), meta=meta)
+    assert program.is_meta is meta
+    assert program.outputs == (output,)
+    assert [entry.name for entry in program.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
 
 
 def test_the_model_that_ships_has_a_name() -> None:

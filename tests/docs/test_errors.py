@@ -45,6 +45,7 @@ def _example(code: str) -> str:
 def _comparable(text: str, folder: str) -> str:
     """Without folders and line numbers, which differ from machine to machine, and one space for any white space."""
     text = text.replace(folder + "/", "")
+    text = re.sub(r"\S*skink_reproducer_[\w\-]+", "FOLDER", text)
     text = re.sub(r"/?(?:[\w.\-]+/)+([\w\-]+\.py)", r"\1", text)
     text = re.sub(r"\w+\.py:\d+", "FILE:LINE", text)
     text = re.sub(r"announces \d+", "announces N", text)

@@ -3,23 +3,33 @@
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, masking_utils
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTModel,
+    masking_utils,
+)
+from transformers.models.llama import modeling_llama
 
-from skink.errors import CaptureError
+from skink.errors import CaptureError, StateError
 from skink.graph.capture import capture
-from skink.graph.huggingface import classify_mask
-from skink.graph.program import Stage
+from skink.graph.program import Program, Stage
+from skink.graph.state import derive_step
 from skink.kernels import ATTENTION
 from tests import conftest
 from tests.models import FAMILIES, build
-from tests.programs import batch, captured, distance, eager, eager_logits
+from tests.programs import Batch, batch, captured, distance, eager, eager_logits
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -173,74 +183,113 @@ def test_biases_and_grouped_heads() -> None:
     assert distance(program(*inputs)[0], wanted, inputs.attention_mask) < 1e-5
 
 
-@pytest.mark.parametrize("distance_back", [1, 2, 5, 63, 100, 4096])
-def test_windows_are_recognised(distance_back: int) -> None:
-    mask = masking_utils.sliding_window_causal_mask_function(distance_back)
-    assert classify_mask(mask) == (True, distance_back)
+def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return key < 2
 
 
-def test_causal_and_bidirectional_masks_are_recognised() -> None:
-    assert classify_mask(masking_utils.causal_mask_function) == (True, 0)
-    assert classify_mask(lambda batch, head, query, key: key >= 0) == (False, 0)
-
-
-def raises(*_: Any) -> None:
-    raise RuntimeError("no mask")
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        lambda batch, head, query, key: (key <= query) & (key // 16 == query // 16),
-        lambda batch, head, query, key: (key <= query) & (key // 8192 == query // 8192),
-        lambda batch, head, query, key: (key <= query) | (key < 10),
-        lambda batch, head, query, key: (key - query).abs() < 8,
-        lambda batch, head, query, key: key >= query,
-        lambda batch, head, query, key: (key <= query) & ((key > query - 8) | (key < 4)),
-        lambda batch, head, query, key: key < query,
-        raises,
-    ],
-    ids=["chunks", "long-chunks", "prefix", "band", "upper", "sinks", "strict", "raises"],
-)
-def test_other_masks_are_not(mask: Callable[..., Any]) -> None:
-    assert classify_mask(mask) is None
-
-
-def test_a_model_with_a_chunked_mask_is_refused() -> None:
-    options = {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 16}
-    config = AutoConfig.for_model("llama4_text", **SMALL, num_key_value_heads=1, **options)
+def test_a_mask_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_prefix = partial(masking_utils.create_causal_mask, or_mask_function=prefix)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", with_prefix)
     with pytest.raises(CaptureError, match=r"\[CAPTURE-003\].*none of causal, causal with a window, and bidirection"):
-        capture(AutoModelForCausalLM.from_config(config))
+        capture(build("llama"))
 
 
-def test_a_position_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_of_another_kind_that_no_layer_reads_is_none() -> None:
+    experts = {"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    # Its configuration turns windows off by one of length 0, whose mask lets nothing be seen.
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **SMALL, **experts)).eval()
+    assert model.config.sliding_window == 0
+    check(model, batch(2, 9, padding=3))
+
+
+def check(model: nn.Module, inputs: Batch, **others: Tensor) -> Program:
+    """The model's program, with the logits (or hidden states) of plain attention."""
+    program = capture(model)
+    model.set_attn_implementation("eager")
+    given = inputs._asdict() | others
+    given = {entry.name: given[entry.name] for entry in program.inputs}
+    with torch.no_grad():
+        result = model(**given)
+    wanted = getattr(result, program.outputs[0])
+    assert distance(program(*given.values())[0], wanted, inputs.attention_mask) < 1e-5
+    return program
+
+
+def attentions(program: Program) -> list[dict[str, Any]]:
+    found = [node for node in program.graph.nodes if str(node.target) == "skink.attention.default"]
+    return [dict(ATTENTION.bind(node.args, node.kwargs)) for node in found]
+
+
+def test_masks_that_depend_on_padding_alone_are_kept_as_tensors() -> None:
+    # Llama 4 counts its chunks from the first token that is no padding.
+    options = {"attention_chunk_size": 4, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 16}
+    config = AutoConfig.for_model("llama4_text", **SMALL, num_key_value_heads=1, **options)
+    program = check(AutoModelForCausalLM.from_config(config).eval(), batch(2, 11, padding=3))
+    assert not attentions(program)
+
+
+@pytest.mark.parametrize("change", ["bias", "mask"])
+def test_models_that_do_more_with_masks_keep_them_as_tensors(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     model = build("llama")
     attention = type(model.model.layers[0].self_attn)
     forward = attention.forward
-    monkeypatch.setattr(attention, "forward", lambda self, *a, **k: forward(self, *a, **k, position_bias=torch.ones(1)))
-    with pytest.raises(CaptureError, match=r"\[CAPTURE-003\] LlamaAttention adds a position bias"):
-        capture(model)
+
+    def changed(self: Any, *, attention_mask: Any, **rest: Any) -> Any:
+        if change == "mask":
+            return forward(self, attention_mask=attention_mask.clone(), **rest)
+        return forward(self, attention_mask=attention_mask, position_bias=torch.zeros(1), **rest)
+
+    monkeypatch.setattr(attention, "forward", changed)
+    assert not attentions(check(model, batch(2, 9, padding=3)))
 
 
-def test_masks_made_outside_the_interface_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama")
-    layer = type(model.model.layers[0])
-    forward = layer.forward
-
-    def with_own_mask(self: Any, hidden: Any, attention_mask: Any = None, **rest: Any) -> Any:
-        return forward(self, hidden, attention_mask=attention_mask & attention_mask, **rest)
-
-    monkeypatch.setattr(layer, "forward", with_own_mask)
-    with pytest.raises(CaptureError, match=r"\[CAPTURE-003\] LlamaAttention builds its attention mask itself"):
-        capture(model)
+GPTJ = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 97, "rotary_dim": 8}
+BLOOM = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 97}
+MPT = {"d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 97, "max_seq_len": 16, "expansion_ratio": 2}
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_models_without_a_causal_head_are_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options", "inputs"),
+    [
+        ("gptj", GPTJ, 3),
+        ("codegen", GPTJ | {"n_head": 4}, 3),
+        ("falcon", SMALL, 3),
+        ("bloom", BLOOM, 2),
+        ("mpt", MPT, 2),
+        ("openai-gpt", GPTJ, 3),
+    ],
+)
+def test_attention_written_by_hand_is_captured_with_its_masks(kind: str, options: Any, inputs: int) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).eval()
+    program = check(model, batch(2, 11, padding=3))
+    assert not attentions(program)
+    assert len(program.inputs) == inputs
+    assert program.any_dtype is (kind != "openai-gpt")
+
+
+def test_a_table_of_masks_bounds_the_number_of_tokens() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **GPTJ)).eval()
+    program = capture(model)
+    assert program.origin["longest"] == {"T": 64}
+    assert not program.any_dtype
+
+
+def test_a_model_that_reads_tokens_in_a_loop_is_refused() -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(CaptureError, match=r"CAPTURE-002.*MambaForCausalLM has not one graph for every number of"):
+        capture(AutoModelForCausalLM.from_config(config))
+
+
+def test_encoder_decoders_are_refused() -> None:
     options = {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "d_kv": 16, "vocab_size": 97}
-    config = AutoConfig.for_model(kind, **(options if kind == "t5" else SMALL))
-    with pytest.raises(CaptureError, match=r"\[CAPTURE-004\]"):
-        capture(AutoModel.from_config(config))
+    with pytest.raises(CaptureError, match=r"\[CAPTURE-004\] T5Model is an encoder-decoder model"):
+        capture(AutoModel.from_config(AutoConfig.for_model("t5", **options)))
+
+
+def test_models_of_images_are_refused() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(CaptureError, match=r"\[CAPTURE-004\] ViTModel does not take token ids"):
+        capture(ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)))
 
 
 def test_plain_modules_need_example_inputs() -> None:
@@ -249,16 +298,55 @@ def test_plain_modules_need_example_inputs() -> None:
     assert "example_inputs=" in caught.value.fix
 
 
-def test_bidirectional_attention_is_captured_as_such() -> None:
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL)).eval()
-    model.set_attn_implementation("eager")
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModel], ids=["head", "none"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "albert"])
+def test_encoders(kind: str, auto: Any) -> None:
+    small = {**SMALL, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 2} if kind == "distilbert" else SMALL
+    inputs = batch(3, 9, padding=3)
+    kinds = (inputs.input_ids % 2).clamp(max=auto is not None and kind != "roberta")
+    program = check(auto.from_config(AutoConfig.for_model(kind, **small)).eval(), inputs, token_type_ids=kinds)
+    assert program.outputs == ("logits" if auto is AutoModelForMaskedLM else "last_hidden_state",)
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    assert [entry.name for entry in program.inputs] == names[: 2 if kind == "distilbert" else 3]
+    (found,) = attentions(program)
+    assert found["causal"] is False
+    with pytest.raises(StateError, match=r"STATE-00[12]"):
+        derive_step(program)
+
+
+def test_an_encoder_with_windows_keeps_its_masks() -> None:
+    options = {"local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 3, "sep_token_id": 4}
+    config = AutoConfig.for_model("modernbert", **SMALL | {"num_hidden_layers": 2}, **options)
+    check(AutoModelForMaskedLM.from_config(config).eval(), batch(2, 11, padding=3))
+
+
+def test_positions_may_begin_at_any_number() -> None:
+    config = AutoConfig.for_model("nystromformer", **SMALL, num_landmarks=8, segment_means_seq_len=8)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    assert int(model.nystromformer.embeddings.position_ids[0, 0]) == 2
     inputs = batch(2, 9, padding=3)
+    check(model, inputs, token_type_ids=torch.zeros_like(inputs.input_ids))
+
+
+def test_positions_without_values_bound_the_number_of_tokens() -> None:
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL))
+    assert capture(model).origin["longest"] == {"T": 64}
+
+
+def test_any_number_of_tokens_may_be_encoded() -> None:
+    program = capture(AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL)))
+    assert "longest" not in program.origin
+
+
+def test_classification_by_an_encoder() -> None:
+    model = BertForSequenceClassification(AutoConfig.for_model("bert", **SMALL, num_labels=3)).eval()
+    inputs = batch(2, 9)
     program = capture(model)
-    (node,) = [node for node in program.graph.nodes if str(node.target) == "skink.attention.default"]
     with torch.no_grad():
-        wanted = model(**inputs._asdict()).logits
-    assert ATTENTION.bind(node.args, node.kwargs)["causal"] is False
-    assert distance(program(*inputs)[0], wanted, inputs.attention_mask) < 1e-5
+        wanted = model(inputs.input_ids, inputs.attention_mask).logits
+    kinds = torch.zeros_like(inputs.input_ids)
+    torch.testing.assert_close(program(inputs.input_ids, inputs.attention_mask, kinds)[0], wanted)
 
 
 def test_all_families_are_tested() -> None:
