@@ -4,6 +4,7 @@ Numbers are kept in float32, whatever dtype the model's masks have: only their p
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,6 @@ _NO_WINDOW = frozenset(
 )
 # Numbers from here on mean "to the end".
 _ENDLESS = 2**20
-_COMPARISONS = frozenset({"lt", "le", "gt", "ge"})
 _HALF = (torch.bfloat16, torch.float16)
 
 Values = Literal["ones", "padded", "counted", "random"]
@@ -45,13 +45,24 @@ class Evaluation:
     Args:
         sizes: of the symbols in shapes.
         given: what the inputs hold: all ones; padding on the left, on the right or nowhere from row to row; 0, 1, 2
-            and so on; or anything below `length`.
+            and so on; or anything below `length`, and what is in `likely`.
         length: of the sequences.
         turn: which row is padded how, and the seed.
+        likely: numbers that inputs may be compared with.
     """
 
-    def __init__(self, sizes: dict[Any, int], given: dict[fx.Node, Values], length: int, turn: int) -> None:
+    def __init__(
+        self,
+        sizes: dict[Any, int],
+        given: dict[fx.Node, Values],
+        length: int,
+        turn: int,
+        likely: Sequence[int] = (),
+    ) -> None:
         self.sizes = sizes
+        self._likely = torch.tensor(
+            sorted({0, *(near for number in likely for near in (number - 1, number, number + 1))})
+        )
         self._values: dict[fx.Node, Any] = {}
         generator = torch.Generator().manual_seed(turn)
         self.inputs = {node: self._input(node, values, length, turn, generator) for node, values in given.items()}
@@ -113,6 +124,8 @@ class Evaluation:
             tensor = torch.arange(shape[-1]).expand(shape)
         elif values == "random":
             tensor = torch.randint(0, max(2, length), shape, generator=generator)
+            chosen = self._likely[torch.randint(0, len(self._likely), shape, generator=generator)]
+            tensor = torch.where(torch.rand(shape, generator=generator) < 0.5, tensor, chosen)
         else:
             tensor = torch.ones(shape)
             if values == "padded" and len(shape) == 2:
@@ -141,17 +154,19 @@ def numbers_at(node: fx.Node) -> list[int]:
     """Numbers at a node that could be a window: among its arguments, or the size of a stored table."""
     if node.op == "get_attr":
         weight = stored_tensor(node)
-        small = weight.numel() <= 16 and not weight.is_meta and not weight.is_floating_point()
-        return [size for size in weight.shape if size > 1] + ([abs(int(v)) for v in weight.flatten()] if small else [])
+        small = weight.numel() <= 16 and not weight.is_meta and bool(weight.isfinite().all())
+        stored = [abs(math.ceil(value)) for value in weight.flatten().tolist()] if small else []
+        return [size for size in weight.shape if size > 1] + [number for number in stored if number < _ENDLESS]
     if node.op != "call_function" or op_name(node) in _NO_WINDOW:
         return []
-    kinds = (int, float) if op_name(node) in _COMPARISONS else int
     values = [
         value
         for argument in (*node.args, *node.kwargs.values())
         for value in (argument if isinstance(argument, list | tuple) else (argument,))
     ]
-    numbers = [value for value in values if isinstance(value, kinds) and not isinstance(value, bool)]
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    # A division may be written as a product with what is less than one.
+    numbers += [1 / value for value in numbers if isinstance(value, float) and 0 < abs(value) < 1]
     return [abs(math.ceil(value)) for value in numbers if abs(value) < _ENDLESS]
 
 

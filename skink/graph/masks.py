@@ -1,8 +1,9 @@
 """Which mask a model builds for its attention, found by asking: the mask's part of the graph is run on small inputs.
 
 A model writes its mask in one of a hundred ways. All that matters is what becomes of a score on its way to the
-softmax, so the steps on that way are run with every product at zero, for a few sizes and paddings, and what comes out
-is compared with what a causal mask, its window, key padding and ALiBi would give.
+softmax, so the steps on that way are run with every product at zero, for sizes from one token to hundreds and several
+paddings, and what comes out is compared with what a causal mask, its window, key padding and ALiBi would give. Another
+run, with every product at one, shows that scores are masked and not replaced.
 
 Rows of queries that are padding themselves are not compared: nothing reads what comes of them. Padding within a
 sequence is not tried.
@@ -23,10 +24,16 @@ from skink.graph.propagate import expression
 
 # A score below this has no weight beside any other: exp of it is zero. Some models use -10000 for minus infinity.
 _MASKED = -9000.0
-# Windows up to this size are told from none.
+# Windows up to this size are told from none where a number in the graph says how large they may be; otherwise those up
+# to the second.
 _LARGEST = 8192
-_SMALL = (1, 2, 5, 9)
+_UNNAMED = 1024
+# Lengths at which all heads, inputs and paddings are compared, with how many of the paddings.
+_COMPARED = {1: 3, 2: 3, 5: 3, 9: 3, 150: 2, 331: 1}
+_SMALL = 9
 _FITTED = 33
+# How many more keys than queries are tried, where their numbers are two.
+_MORE_KEYS = 3
 
 
 @dataclass(frozen=True)
@@ -137,24 +144,30 @@ class _Question:
         )
         return steps, self.shape, nodes
 
+    @cached_property
+    def numbers(self) -> list[int]:
+        """Numbers that stand in the mask's part of the graph."""
+        return sorted({number for node in self.part for number in numbers_at(node)})
+
     def answer(self) -> MaskKind:
         for node in self.part:
             if node.op == "get_attr" and isinstance(stored_tensor(node), nn.Parameter):
                 raise UnknownMaskError(f"the mask rests on the trained weight {node.target}", node)
         inputs = sorted(node for node in self.part if node.op == "placeholder")
-        causal, window = self._pairs(inputs)
+        longest, allowed = self._longest(inputs)
+        causal, window = self._pairs(allowed)
         kind = MaskKind(causal, window, slopes=self._slopes(inputs))
         padding = self._padding(inputs)
         if padding is not None:
             kind = MaskKind(causal, window, str(padding.target), kind.slopes)
-        for length in _SMALL:
-            for turn in range(3):
+        # Where the model's own tables end before the longest of these, at their end too.
+        for length, turns in {min(longest, max(_COMPARED)): 1, **_COMPARED}.items():
+            for turn in range(turns):
                 self._compare(kind, inputs, padding, length, turn)
         return kind
 
-    def _pairs(self, inputs: list[fx.Node]) -> tuple[bool, int]:
+    def _pairs(self, allowed: Tensor) -> tuple[bool, int]:
         """(causal, window), from the longest sequence that could show a window."""
-        *_, allowed = self._longest(inputs)
         tokens, keys = allowed.shape
         after = torch.arange(keys) - (torch.arange(tokens)[:, None] + keys - tokens)
         if bool(allowed.all()):
@@ -170,7 +183,7 @@ class _Question:
 
     def _longest(self, inputs: list[fx.Node]) -> tuple[int, Tensor]:
         """(length, which pairs are allowed in the first head) for the longest sequence worth trying."""
-        numbers = sorted({_FITTED, *(number for node in self.part for number in numbers_at(node))}, reverse=True)
+        numbers = sorted({_FITTED, _UNNAMED, *self.numbers}, reverse=True)
         if numbers[0] > _LARGEST:
             raise UnknownMaskError(
                 f"the mask may have a window of {numbers[0]}, and {_LARGEST} is the most tried", self.node
@@ -207,12 +220,12 @@ class _Question:
 
     def _padding(self, inputs: list[fx.Node]) -> fx.Node | None:
         """The one input whose values matter."""
-        plain = self._bias({node: "ones" for node in inputs}, _SMALL[-1])
+        plain = self._bias({node: "ones" for node in inputs}, _SMALL)
         mattering = []
         for node in inputs:
             changed: tuple[Values, ...] = ("padded", "counted", "random")
             for values in changed:
-                if not _same(plain, self._bias({**{other: "ones" for other in inputs}, node: values}, _SMALL[-1])):
+                if not _same(plain, self._bias({**{other: "ones" for other in inputs}, node: values}, _SMALL)):
                     mattering.append(node)
                     break
         if len(mattering) > 1:
@@ -230,11 +243,11 @@ class _Question:
             given[padding] = "padded"
         try:
             evaluation = self._evaluation(given, length, turn=turn)
+            bias, scaled = self._run(evaluation), self._run(evaluation, product=1.0)
         except UnknownMaskError:
-            if length > _SMALL[1]:
+            if length > 2:
                 return  # longer than the model's own tables
             raise
-        bias = self._run(evaluation)
         batch, heads, tokens, keys = bias.shape
         after = torch.arange(keys) - (torch.arange(tokens)[:, None] + keys - tokens)
         expected = torch.ones(batch, 1, tokens, keys, dtype=torch.bool)
@@ -249,6 +262,9 @@ class _Question:
             real &= present[:, None, -tokens:, None]
         if not torch.equal((bias > _MASKED) & real, (expected & real).expand(-1, heads, -1, -1)):
             raise UnknownMaskError("the mask treats some heads, padding or lengths in a way of its own", self.node)
+        kept = (scaled - bias)[(expected & real).expand(-1, heads, -1, -1)]
+        if len(kept) and not torch.allclose(kept, kept[:1], rtol=1e-4, atol=1e-4):
+            raise UnknownMaskError("some scores are replaced, and not masked", self.node)
         slopes = torch.tensor(kind.slopes or [0.0] * heads).view(-1, 1, 1)
         rest = (bias - slopes * after).masked_fill(~(expected & real), torch.nan).double()
         spread = rest.nan_to_num(-torch.inf).amax(-1) - rest.nan_to_num(torch.inf).amin(-1)
@@ -257,16 +273,18 @@ class _Question:
 
     def _evaluation(self, given: dict[fx.Node, Values], length: int, *, batch: int = 3, turn: int = 0) -> Evaluation:
         sizes = {symbol: length for dim in self.shape[1:] for symbol in getattr(dim, "free_symbols", ())}
+        queries, keys = (set(getattr(dim, "free_symbols", ())) for dim in self.shape[2:])
+        sizes |= {symbol: length + _MORE_KEYS for symbol in keys - queries}
         sizes |= {symbol: batch for symbol in getattr(self.shape[0], "free_symbols", ())}
-        return Evaluation(sizes, given, length, turn)
+        return Evaluation(sizes, given, length, turn, self.numbers)
 
     def _bias(self, given: dict[fx.Node, Values], length: int, *, batch: int = 3, heads: slice = slice(None)) -> Tensor:
         return self._run(self._evaluation(given, length, batch=batch), heads)
 
-    def _run(self, evaluation: Evaluation, heads: slice = slice(None)) -> Tensor:
-        """What becomes of a product of zero: float32[B, H, T, S]."""
+    def _run(self, evaluation: Evaluation, heads: slice = slice(None), product: float = 0.0) -> Tensor:
+        """What becomes of a product: float32[B, H, T, S]."""
         shape = [evaluation.size(dim) for dim in self.shape]
-        score = torch.zeros(1, 1, 1, 1)
+        score = torch.full((1, 1, 1, 1), product)
         try:
             for step in self.steps:
                 score = _applied(step, score, evaluation, shape, heads)

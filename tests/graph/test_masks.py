@@ -231,6 +231,56 @@ def test_other_masks(body: Callable[..., Tensor], kind: str, expected: str) -> N
     assert expected in reason(body, kind, bias=nn.Parameter(torch.randn(64, 1)))
 
 
+def distance(like: Tensor) -> Tensor:
+    query, key = positions(like)
+    return query - key
+
+
+@pytest.mark.parametrize(
+    "far",
+    [
+        lambda self, x: distance(x) - 50.0 >= 0,
+        lambda self, x: distance(x) / 50.0 >= 1,
+        lambda self, x: distance(x) * 0.02 >= 1,
+        lambda self, x: distance(x) >= self.fifty,
+        lambda self, x: distance(x).float().sqrt() >= 7.05,
+        lambda self, x: distance(x) >= 400.0 * 2 - 750,
+    ],
+)
+def test_windows_however_their_number_is_written(far: Callable[..., Tensor]) -> None:
+    body = lambda self, x, m: future(x) | far(self, x)  # noqa: E731
+    assert asked(body, fifty=torch.tensor(50.0)) == MaskKind(causal=True, window=50)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        # By the values of an input that is no padding mask.
+        (lambda self, x, m: future(x) | (x[:, None, :, None] - x[:, None, None] >= 16), "fill"),
+        (lambda self, x, m: x[:, None, :, None] // 16 != x[:, None, None] // 16, "fill"),
+        (lambda self, x, m: (x == 5000).cumsum(1)[:, None, None] > 0, "fill"),
+        # With the length.
+        (lambda self, x, m: future(x) | (distance(x) >= 40 + x.shape[1] // 5), "fill"),
+        # Only far away, or only in some heads.
+        (lambda self, x, m: -0.25 * distance(x).abs().clamp(max=40) - 1e9 * future(x), "add"),
+        (lambda self, x, m: -0.3 * (distance(x) - 40).clamp(min=0) - 1e9 * future(x), "add"),
+        (lambda self, x, m: future(x) | (distance(x) >= torch.tensor([1000, 50, 50, 50])[:, None, None]), "fill"),
+        (lambda self, x, m: future(x) | (positions(x)[0] >= positions(x)[1] + x.shape[1] - 45), "fill"),
+    ],
+)
+def test_masks_that_look_like_others_on_few_tokens(body: Callable[..., Tensor], kind: str) -> None:
+    assert reason(body, kind)
+
+
+def test_scores_that_are_replaced_are_not_masked() -> None:
+    program = program_of(lambda self, x: distance(x) > 4, padded=False)
+    (node,) = program.graph.output_node().args[0]
+    batch, length = program.graph.find_nodes(op="placeholder")[0].meta["val"].shape
+    found = classify((Step("fill", node, 0.0),), (batch, HEADS, length, length), node)
+    assert isinstance(found, NoMatch)
+    assert found.reason == "some scores are replaced, and not masked"
+
+
 def test_a_mask_given_from_outside() -> None:
     program = capture(One(lambda self, x: x.relu()), (torch.randn(2, 1, 5, 5),), dims={"x": {0: "B", 2: "T", 3: "T"}})
     (node,) = program.graph.output_node().args[0]
