@@ -222,7 +222,10 @@ def kind_fits(kind: Any, value: Any) -> str | None:
         return None if isinstance(value, fx.Node) else "is not a node"
     if kind is Weight:
         below = through_casts(value)
-        return None if isinstance(below, fx.Node) and below.op == "get_attr" else "is not a weight"
+        if not isinstance(below, fx.Node) or below.op != "get_attr":
+            return "is not a weight"
+        # Without its fraction it is another weight.
+        return None if float_bits(value) or value is below else f"is a weight cast to {value.meta['val'].dtype}"
     if kind is Tensor:
         tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
         return None if tensor else "is not a tensor"
@@ -237,6 +240,34 @@ def through_casts(value: Any) -> Any:
     while isinstance(value, fx.Node) and is_cast(value):
         value = value.args[0]
     return value
+
+
+def through_float_casts(value: Any, reader: fx.Node | None = None) -> Any:
+    """The node below casts that lose nothing: none to integers or booleans, none narrower than the node itself.
+
+    Args:
+        value: where the casts begin.
+        reader: what reads the value, where its dtype says how many digits count; casts to that dtype are looked through
+            as well, whatever lies below them.
+    """
+    enough = reader.meta["val"].dtype if reader is not None else None
+    found, casts = value, []
+    while isinstance(value, fx.Node) and is_cast(value):
+        source: Any = value.args[0]
+        if value.meta["val"].dtype != source.meta["val"].dtype:
+            if not float_bits(value) or not float_bits(source):
+                return found
+            casts.append(value)
+        value = source
+        if all(_keeps(cast, value.meta["val"].dtype) or _keeps(cast, enough) for cast in casts):
+            found = value
+    return found
+
+
+def _keeps(cast: fx.Node, dtype: torch.dtype | None) -> bool:
+    """Whether a floating dtype loses no digits by a cast."""
+    made = cast.meta["val"].dtype
+    return dtype is not None and (made == dtype or (dtype.is_floating_point and made.itemsize > dtype.itemsize))
 
 
 def below_widening(value: Any) -> Any:

@@ -41,7 +41,8 @@ def derive_step(program: Program) -> Program:
 
     Raises:
         StateError: STATE-001 where the padding mask is used by anything but an op that declares state, or where such an
-            op cannot be stepped; STATE-002 where anything else mixes tokens, or counts their positions.
+            op cannot be stepped or takes its padding from elsewhere; STATE-002 where anything else mixes tokens, or
+            counts their positions.
     """
     stepped = program.clone()
     shape_context(stepped)
@@ -66,6 +67,7 @@ def derive_step(program: Program) -> Program:
                 where=describe(node),
                 fix="generate with causal models only.",
             )
+        _check_own_mask(node, op, arguments.get("key_mask"))
         for tensor in op.state.tensors(arguments):  # type: ignore[union-attr]
             current = arguments[tensor.argument]
             axis = op.state.axis  # type: ignore[union-attr]
@@ -147,6 +149,21 @@ def _check_mask_users(program: Program, owners: set[fx.Node]) -> None:
             why="Only attention reads padding in a graph that can be stepped.",
             fix="give positions by position_ids instead of computing them from the mask.",
         )
+
+
+def _check_own_mask(node: fx.Node, op: OpDef, mask: object) -> None:
+    """The step graph gives keys of the past and of now; only the padding input covers both."""
+    below = through_casts(mask)
+    if below is None or (isinstance(below, fx.Node) and below.op == "placeholder" and below.target == PADDING_INPUT):
+        return
+    source = describe(below) if isinstance(below, fx.Node) else repr(below)
+    raise StateError(
+        "STATE-001",
+        f"{op.name} takes its padding from {source}, which covers the new tokens only, and cannot be stepped.",
+        where=describe(node),
+        why=f"Only {PADDING_INPUT} says which tokens of the past are padding.",
+        fix=f"let the model take its padding from the input {PADDING_INPUT}, and from nothing else.",
+    )
 
 
 def counted_positions(program: Program) -> list[fx.Node]:

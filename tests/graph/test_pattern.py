@@ -19,6 +19,7 @@ from skink.graph.pattern import (
     ops,
     parts,
     through_casts,
+    through_float_casts,
 )
 from tests.modules import One, Two, parameter
 
@@ -35,6 +36,34 @@ def test_bindings_look_through_widening_only() -> None:
     assert below_widening(half).target == "x"
     assert below_widening(double) is double
     assert through_casts(double).target == "y"
+
+
+@pytest.mark.parametrize(
+    ("cast", "through"),
+    [
+        (lambda x: x.float(), True),
+        (lambda x: x.double().float(), True),
+        (lambda x: x.float().half(), True),
+        (lambda x: x.bfloat16().float(), False),
+        (lambda x: x.to(torch.int32).float(), False),
+        (lambda x: x.bool(), False),
+    ],
+)
+def test_casts_that_lose_nothing(cast: Any, through: bool) -> None:
+    program = capture(Two(lambda self, x, y: (cast(x) + 1, y + 1)), (X.half(), X))
+    below = through_float_casts(program.graph.output_node().args[0][0].args[0])
+    assert (below.target == "x") is through
+    assert below.op == "placeholder" or not through
+
+
+def test_casts_to_what_reads_them_lose_nothing_that_counts() -> None:
+    body = lambda self, x, y: (x.bfloat16() + y, x.half().bfloat16() + y)  # noqa: E731
+    program = capture(Two(body), (X, X.bfloat16()))
+    one, other = program.graph.output_node().args[0]
+    assert through_float_casts(one.args[0], one).target == "x"
+    assert op_name(through_float_casts(one.args[0])) == "to"
+    assert op_name(through_float_casts(other.args[0], other)) == "to"
+    assert through_float_casts(2.0) == 2.0
 
 
 def test_names_of_operators() -> None:

@@ -181,3 +181,17 @@ def test_graphs_that_cannot_be_stepped_are_refused(heads: Any, options: dict[str
     assert caught.value.where.startswith("%")
     assert "test_state.py:" in caught.value.where
     assert caught.value.fix
+
+
+def test_padding_from_another_input_is_refused() -> None:
+    class Guesses(nn.Module):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return torch.ops.skink.attention(x, x, x, x[:, 0, :, 0] != 0, scale=0.5)
+
+    dims = {"x": {0: "B", 2: "T"}, "attention_mask": {0: "B", 1: "T"}}
+    examples = (torch.randn(2, 1, 3, 4), torch.ones(2, 3, dtype=torch.int64))
+    message = r"\[STATE-001\] attention takes its padding from %ne.*, which covers the new tokens only"
+    with pytest.raises(StateError, match=message) as caught:
+        derive_step(capture(Guesses(), examples, dims=dims))
+    assert "test_state.py:" in caught.value.where
+    assert "attention_mask" in caught.value.fix

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from skink.graph.mask_values import Evaluation, UnknownMaskError
 from skink.graph.masks import MaskKind, Step, classify
 from skink.graph.pattern import (
     LAST_AXIS,
@@ -22,7 +23,7 @@ from skink.graph.pattern import (
     any_of,
     op_name,
     ops,
-    through_casts,
+    through_float_casts,
 )
 from skink.graph.propagate import expression
 from skink.graph.rewriter import Rewriter
@@ -32,6 +33,10 @@ from skink.passes.canonicalize.raise_operands import Operand, operand_of, unrepe
 from skink.passes.canonicalize.raise_scores import Scores, letters, read_scores
 
 aten = torch.ops.aten
+
+# A score below this has no weight beside any other.
+_MASKED = -9000.0
+_TOKENS = 7
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,9 @@ def _read_by_hand(found: Match) -> _Attention | NoMatch:
         return common
     sinks = None
     if scores.sinks is not None:
+        moved = _moved(scores, query.shape, common[0].shape[2], common[2].slopes)
+        if moved is not None:
+            return moved
         sinks = _vector(scores.sinks, query.shape[1])
         if sinks is None:
             return NoMatch("the sinks are not one number for each head", scores.sinks)
@@ -128,8 +136,39 @@ def _unfolded(scores: Scores, value: fx.Node) -> tuple[Operand, Operand, Operand
     return queries, keys, operand_of(value, turned=False, heads=heads), one * other
 
 
+def _moved(scores: Scores, shape: tuple[Any, ...], keys: Any, slopes: tuple[float, ...] | None) -> NoMatch | None:
+    """Why scores do not stay where the op leaves them beside a sink, for which a constant in each row counts.
+
+    Only masks and ALiBi may be added, and ALiBi as the op writes it.
+    """
+    sizes = {symbol: _TOKENS for dim in (*shape, keys) for symbol in getattr(dim, "free_symbols", ())}
+    added = torch.zeros(1, 1, 1, 1)
+    for step in scores.steps:
+        if step.kind == "scale":
+            added = added * step.operand
+        elif step.kind == "add":
+            value = step.operand
+            if isinstance(value, fx.Node):
+                given = dict.fromkeys(value.graph.find_nodes(op="placeholder"), "ones")
+                try:
+                    value = Evaluation(sizes, given, _TOKENS, 0).value(value)  # type: ignore[arg-type]
+                except UnknownMaskError as unknown:
+                    return unknown.reason
+                if step.flat and value.dim() == 3:
+                    value = value.unflatten(0, (-1, shape[1])) if value.shape[0] % shape[1] == 0 else value[None]
+            added = added + value
+    sized = Evaluation(sizes, {}, _TOKENS, 0)
+    tokens, present = sized.size(shape[2]), sized.size(keys)
+    distance = torch.arange(present) - (torch.arange(tokens)[:, None] + present - tokens)
+    expected = torch.tensor(slopes or [0.0]).view(-1, 1, 1) * distance
+    if bool(((added - expected).abs().gt(1e-4) & (added > _MASKED)).any()):
+        return NoMatch("something is added to the scores before a sink is joined", scores.product)
+    return None
+
+
 def _vector(node: Any, heads: int) -> fx.Node | None:
     """The [H] tensor below what repeats it to [B, H, T, 1]."""
+    above = node
     shape = list(map(expression, node.meta["val"].shape))
     if len(shape) != 4 or shape[1] != heads:
         return None
@@ -140,17 +179,18 @@ def _vector(node: Any, heads: int) -> fx.Node | None:
             "unsqueeze",
             "repeat",
             "broadcast_to",
-            "to",
-            "type_as",
-            "_to_copy",
         ):
-            return None
+            below_casts = through_float_casts(node, above)
+            if below_casts is node:
+                return None
+            node = below_casts
+            continue
         sizes = [size for size in map(expression, node.meta["val"].shape) if size != 1]
         below = [size for size in map(expression, node.args[0].meta["val"].shape) if size != 1]
         if op_name(node) == "reshape" and sizes != below:
             return None
         node = node.args[0]
-    node = through_casts(node)
+    node = through_float_casts(node, above)
     return node if tuple(map(expression, node.meta["val"].shape)) == (heads,) else None
 
 

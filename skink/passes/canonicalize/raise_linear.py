@@ -9,8 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from skink.graph.pattern import Call, Match, NoMatch, Rule, Weight, any_of, ops, through_casts
+from skink.graph.pattern import (
+    Call,
+    Match,
+    NoMatch,
+    Rule,
+    Weight,
+    any_of,
+    is_cast_to,
+    op_name,
+    ops,
+    through_float_casts,
+)
 from skink.graph.rewriter import Rewriter
+from skink.passes.canonicalize.raise_norms import wide_enough
 
 aten = torch.ops.aten
 
@@ -61,20 +73,35 @@ def _check_product(found: Match) -> NoMatch | None:
 
 
 def _raise_product(rewriter: Rewriter, found: Match) -> fx.Node:
-    return rewriter.call(aten.linear.default, found["x"], found["weight"], rule="raise-linear-product")
+    x = wide_enough(rewriter, found)
+    return rewriter.call(aten.linear.default, x, _like(rewriter, found["weight"], x), rule="raise-linear-product")
+
+
+def _like(rewriter: Rewriter, weight: fx.Node, x: fx.Node) -> fx.Node:
+    """A weight in the dtype of the input."""
+    dtype = x.meta["val"].dtype
+    return weight if weight.meta["val"].dtype == dtype else rewriter.call(aten.to.dtype, weight, dtype)
 
 
 def _check_bias(found: Match) -> NoMatch | None:
     outputs = found["weight"].meta["val"].shape[:1]
     if tuple(found["bias"].meta["val"].shape) != tuple(outputs):
         return NoMatch("the bias is not one number for each output", found.root)
+    if through_float_casts(found["bias"]).op != "get_attr":
+        return NoMatch("the bias is cast to fewer digits", found["bias"])
+    if found["x"].meta["val"].dtype != found["weight"].meta["val"].dtype:
+        return NoMatch("input and weight have different dtypes", found.root)
+    product = next(node for node in found.nodes if op_name(node) == "linear")
+    made, wanted = product.meta["val"].dtype, found.root.meta["val"].dtype
+    if made != wanted and not is_cast_to(found.root, made):
+        return NoMatch(f"the bias is added in {wanted} to a product in {made}", found.root)
     return None
 
 
 def _absorb_bias(rewriter: Rewriter, found: Match) -> fx.Node:
-    return rewriter.call(
-        aten.linear.default, found["x"], found["weight"], through_casts(found["bias"]), rule="raise-linear-bias"
-    )
+    x = wide_enough(rewriter, found)
+    weight, bias = (_like(rewriter, node, x) for node in (found["weight"], through_float_casts(found["bias"])))
+    return rewriter.call(aten.linear.default, x, weight, bias, rule="raise-linear-bias")
 
 
 def _biased(x: Tensor, weight: Weight, bias: Weight) -> Call:

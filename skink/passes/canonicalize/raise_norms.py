@@ -21,7 +21,7 @@ from skink.graph.pattern import (
     is_cast_to,
     op_name,
     ops,
-    through_casts,
+    through_float_casts,
 )
 from skink.graph.propagate import expression
 from skink.graph.rewriter import Rewriter
@@ -64,7 +64,7 @@ def _check_norm(found: Match) -> NoMatch | None:
     x = found["x"].meta["val"]
     weight = found.get("weight")
     if weight is not None:
-        if not isinstance(weight, fx.Node) or through_casts(weight).op != "get_attr":
+        if not isinstance(weight, fx.Node) or through_float_casts(weight, found.root).op != "get_attr":
             return NoMatch("the factor is not a weight", found.root)
         shape = tuple(weight.meta["val"].shape)
         if shape != (x.shape[-1],):
@@ -84,7 +84,7 @@ def _check_offset_norm(found: Match) -> NoMatch | None:
 
 
 def _absorb_weight(rewriter: Rewriter, found: Match) -> fx.Node:
-    weight, offset = through_casts(found["weight"]), float(found.get("offset", 0.0))
+    weight, offset = through_float_casts(found["weight"], found.root), float(found.get("offset", 0.0))
     x = wide_enough(rewriter, found)
     return rewriter.call(RMS_NORM.overload, x, weight, found["eps"], offset, rule="raise-rms-norm")
 
@@ -100,7 +100,7 @@ def _check_torch_norm(found: Match) -> NoMatch | None:
     if arguments["eps"] is None:
         return NoMatch("eps is left to the dtype", found.root)
     weight = arguments["weight"]
-    if weight is not None and through_casts(weight).op != "get_attr":
+    if weight is not None and through_float_casts(weight, found.root).op != "get_attr":
         return NoMatch("the factor is not a weight", found.root)
     return None
 
@@ -139,7 +139,7 @@ def _check_layer_norm(found: Match) -> NoMatch | None:
 
 
 def _raise_layer_norm(rewriter: Rewriter, found: Match) -> fx.Node:
-    x, weight = wide_enough(rewriter, found), through_casts(found.get("weight"))
+    x, weight = wide_enough(rewriter, found), through_float_casts(found.get("weight"), found.root)
     width = int(x.meta["val"].shape[-1])
     return rewriter.call(aten.layer_norm.default, x, [width], weight, None, found["eps"], rule="raise-layer-norm")
 
@@ -153,11 +153,13 @@ def _check_factors(found: Match) -> NoMatch | None:
         entry = found.get(name)
         if entry is not None and tuple(entry.meta["val"].shape) != tuple(found["shape"]):
             return NoMatch(f"the {name} is not one number for each feature", entry)
+        if entry is not None and through_float_casts(entry, found.root).op != "get_attr":
+            return NoMatch(f"the {name} is cast to fewer digits", entry)
     return None
 
 
 def _absorb_factors(rewriter: Rewriter, found: Match) -> fx.Node:
-    weight, bias = (through_casts(found.get(name)) for name in ("weight", "bias"))
+    weight, bias = (through_float_casts(found.get(name), found.root) for name in ("weight", "bias"))
     x = wide_enough(rewriter, found)
     return rewriter.call(
         aten.layer_norm.default, x, found["shape"], weight, bias, found["eps"], rule="raise-layer-norm"

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from skink.graph.pattern import below_widening, op_name, through_casts
+from skink.graph.pattern import below_widening, op_name, through_float_casts
 from skink.graph.propagate import expression
 from skink.graph.rewriter import Rewriter
 from skink.kernels import ROTARY
-from skink.passes.canonicalize.raise_scores import is_cast, number
+from skink.passes.canonicalize.raise_scores import number
 
 aten = torch.ops.aten
 
@@ -81,14 +81,20 @@ def operand_of(node: Any, *, turned: bool, heads: int) -> Operand:
         source = node.args[0] if node.op == "call_function" and node.args else None
         if name == "transpose" and {axis % dims for axis in node.args[1:3]} == {dims - 2, dims - 1} and turned:
             node, turned = source, False
-        elif is_cast(node) and turned and op_name(through_casts(node)) in ("transpose", "permute", "reshape"):
-            node = source
+        elif turned and (below := _turned_below(node)) is not None:
+            node = below
         elif name == "permute" and dims == 4 and turned and [axis % 4 for axis in node.args[1]] == [0, 1, 3, 2]:
             node, turned = source, False
         elif name == "reshape" and dims == 3 and source is not None and _folds(source, node):
             node = source
         else:
             return Operand(below_widening(node), turned, heads if dims == 3 else 0)
+
+
+def _turned_below(node: fx.Node) -> fx.Node | None:
+    """What changes the order of axes below casts that lose nothing."""
+    below: fx.Node = through_float_casts(node)
+    return below if below is not node and op_name(below) in ("transpose", "permute", "reshape") else None
 
 
 def _folds(source: fx.Node, node: fx.Node) -> bool:
@@ -129,7 +135,7 @@ def unrepeated(operand: Operand) -> Operand:
     axis = 1
     above: list[Again] = []
     while True:
-        node = through_casts(node)
+        node = through_float_casts(node)
         if node.target is ROTARY.overload and axis == 1:
             above.insert(0, Again(node.target, node.args[1:], dict(node.kwargs)))
         elif _swaps_heads_and_tokens(node):
@@ -154,7 +160,9 @@ def _swaps_heads_and_tokens(node: Any) -> bool:
 
 def _before_repeating(node: Any, axis: int) -> tuple[fx.Node, tuple[Again, ...], int] | None:
     """(what was repeated along `axis`, calls that make four axes of it, its heads) where `node` does nothing else."""
-    if op_name(node) == "repeat_interleave" and node.args[2:3] in ((axis,), (axis - 4,)):
+    times = node.args[1] if op_name(node) == "repeat_interleave" and len(node.args) > 1 else None
+    # A tensor could repeat each head as often as it likes.
+    if isinstance(times, int) and node.args[2:3] in ((axis,), (axis - 4,)):
         source = node.args[0]
         return source, (), int(source.meta["val"].shape[axis])
     if op_name(node) != "reshape" or op_name(node.args[0]) != "expand":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from skink.graph.pattern import LAST_AXIS, AnyOf, Call, Match, NoMatch, Rule, any_of, op_name, ops, through_casts
+from skink.graph.pattern import LAST_AXIS, AnyOf, Call, Match, NoMatch, Rule, any_of, op_name, ops, through_float_casts
 from skink.graph.propagate import expression
 from skink.graph.rewriter import Rewriter
 from skink.kernels import ROTARY
@@ -95,16 +95,16 @@ def _check(found: Match, *, by_pairs: bool) -> NoMatch | None:
     return NoMatch(reason, found.root) if reason else None
 
 
-def _below(value: Any) -> fx.Node:
-    """The node below any casts."""
-    node: fx.Node = through_casts(value)
+def _below(value: Any, reader: fx.Node) -> fx.Node:
+    """The node below casts that take no digits from what `reader` makes of it."""
+    node: fx.Node = through_float_casts(value, reader)
     return node
 
 
-def _table(rewriter: Rewriter, node: fx.Node, axis: int) -> fx.Node:
+def _table(rewriter: Rewriter, node: fx.Node, axis: int, x: fx.Node) -> fx.Node:
     """A table as [B or 1, T, R], without the axis of heads."""
     # The op casts the tables to its input's dtype itself.
-    node = _below(node)
+    node = _below(node, x)
     dims = node.meta["val"].dim()
     if dims < 3:
         return rewriter.call(aten.unsqueeze.default, node, 0)
@@ -112,11 +112,11 @@ def _table(rewriter: Rewriter, node: fx.Node, axis: int) -> fx.Node:
         # Its first axis is that of heads.
         return node
     if op_name(node) == "unsqueeze" and node.args[1] in (axis, axis - 4):
-        return _below(node.args[0])
+        return _below(node.args[0], x)
     if op_name(node) == "repeat_interleave" and node.args[2] in (-1, 3):
-        wide = _below(node.args[0])
+        wide = _below(node.args[0], x)
         if op_name(wide) == "unsqueeze" and wide.args[1] in (axis, axis - 4):
-            return rewriter.call(aten.repeat_interleave.self_int, _below(wide.args[0]), node.args[1], 2)
+            return rewriter.call(aten.repeat_interleave.self_int, _below(wide.args[0], x), node.args[1], 2)
     return rewriter.call(aten.squeeze.dim, node, axis)
 
 
@@ -133,14 +133,16 @@ def _turn(
 
 def _raise(rewriter: Rewriter, found: Match, *, interleaved: bool) -> fx.Node:
     axis, _ = _layout(found, found["x"].meta["val"].shape[-1])
-    cos, sin = (_table(rewriter, found[name], axis) for name in ("cos", "sin"))
-    return _turn(rewriter, wide_enough(rewriter, found), axis, cos, sin, interleaved, "raise-rotary")
+    x = wide_enough(rewriter, found)
+    cos, sin = (_table(rewriter, found[name], axis, x) for name in ("cos", "sin"))
+    return _turn(rewriter, x, axis, cos, sin, interleaved, "raise-rotary")
 
 
 def _raise_by_pairs(rewriter: Rewriter, found: Match, *, interleaved: bool) -> fx.Node:
     axis, _ = _layout(found, found["x"].meta["val"].shape[-1] // 2)
-    cos, sin = (_doubled(rewriter, _table(rewriter, found[name], axis), interleaved) for name in ("cos", "sin"))
-    return _turn(rewriter, wide_enough(rewriter, found), axis, cos, sin, interleaved, "raise-rotary-pairs")
+    x = wide_enough(rewriter, found)
+    cos, sin = (_doubled(rewriter, _table(rewriter, found[name], axis, x), interleaved) for name in ("cos", "sin"))
+    return _turn(rewriter, x, axis, cos, sin, interleaved, "raise-rotary-pairs")
 
 
 def _doubled(rewriter: Rewriter, table: fx.Node, interleaved: bool) -> fx.Node:
@@ -175,7 +177,7 @@ def _raise_complex(rewriter: Rewriter, found: Match) -> fx.Node:
     sizes = list(map(expression, found["turn"].meta["val"].shape))
     x = list(map(expression, found["x"].meta["val"].shape))
     axis = _head_axes([1] * (4 - len(sizes)) + sizes, x)[0]
-    turn = _table(rewriter, found["turn"], axis)
+    turn = _table(rewriter, found["turn"], axis, found["x"])
     cos, sin = (_doubled(rewriter, part, interleaved=True) for part in _real_parts(rewriter, turn))
     return _turn(rewriter, wide_enough(rewriter, found), axis, cos, sin, True, "raise-rotary-complex")
 

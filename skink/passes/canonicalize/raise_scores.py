@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from skink.graph.masks import Step
-from skink.graph.pattern import CASTS, NoMatch, op_name, through_casts
+from skink.graph.pattern import NoMatch, is_cast, op_name, through_float_casts
 from skink.graph.propagate import expression
 
 # Below this a lower bound on scores only keeps minus infinity out.
@@ -35,6 +35,7 @@ class Scores:
         softcap: 0 for none.
         heads: (B, H) where a reshape between [B*H, T, S] and [B, H, T, S] says them.
         sinks: the tensor joined to the scores, or None.
+        lowered: where each row's largest score was taken from it, or None.
     """
 
     product: fx.Node
@@ -46,6 +47,7 @@ class Scores:
     softcap: float = 0.0
     heads: tuple[Any, int] | None = None
     sinks: fx.Node | None = None
+    lowered: fx.Node | None = None
 
     @property
     def masked(self) -> bool:
@@ -70,21 +72,26 @@ def read_scores(node: fx.Node) -> Scores | NoMatch:
     reader = _READERS.get(op_name(node))
     if reader is None:
         return NoMatch(f"{op_name(node) or node.op} on the scores' way to the softmax is not understood", node)
-    return reader(node)
+    found = reader(node)
+    if isinstance(found, Scores) and found.sinks is not None and op_name(node) not in _KEEP_SINKS:
+        return NoMatch(f"{op_name(node)} changes scores to which a sink is joined", node)
+    return found
 
 
 def number(value: Any) -> float | None:
     """The number that an argument stands for: itself, or a tensor of one element that is known."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    node = through_casts(value)
+    node = value
     if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor):
         return None
     if any(size != 1 for size in map(expression, node.meta["val"].shape)):
         return None
     name = op_name(node)
     if name in ("full", "scalar_tensor"):
-        return number(node.args[-1])
+        return _stored(number(node.args[-1]), node)
+    if is_cast(node):
+        return _stored(number(node.args[0]), node)
     if name in ("reshape", "unsqueeze", "squeeze", "expand", "lift_fresh_copy"):
         return number(node.args[0])
     if name == "sqrt":
@@ -96,6 +103,14 @@ def number(value: Any) -> float | None:
         if not isinstance(tensor, nn.Parameter) and not tensor.is_meta:
             return float(tensor.reshape(()))
     return None
+
+
+def _stored(value: float | None, node: fx.Node) -> float | None:
+    """The number as the dtype of `node` keeps it."""
+    dtype = node.meta["val"].dtype
+    if value is None or dtype in (torch.float32, torch.float64):
+        return value
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 def _flat(node: fx.Node) -> bool:
@@ -165,24 +180,30 @@ def _add(node: fx.Node) -> Scores | NoMatch:
 def _sub(node: fx.Node) -> Scores | NoMatch:
     if node.kwargs.get("alpha", 1) != 1:
         return NoMatch("what is taken from the scores is multiplied first", node)
-    scores, other = node.args[0], through_casts(node.args[1])
+    scores, other = node.args[:2]
     found = read_scores(scores)  # type: ignore[arg-type]
-    if isinstance(found, NoMatch) or _is_largest(other, scores):
-        # A softmax is not changed by a constant in each row.
+    if isinstance(found, NoMatch):
         return found
     if not isinstance(other, fx.Node):
-        return found
-    return found.scaled(-1.0).then(Step("add", other, flat=_flat(node))).scaled(-1.0)
+        return _unless_sinks(found.then(Step("add", -other)), node)  # type: ignore[operator]
+    if _is_largest(through_float_casts(other, node), scores):
+        # A softmax is not changed by a constant in each row.
+        return replace(found, lowered=node)
+    return _unless_sinks(found.scaled(-1.0).then(Step("add", other, flat=_flat(node))).scaled(-1.0), node)
+
+
+def _unless_sinks(found: Scores, node: fx.Node) -> Scores | NoMatch:
+    return NoMatch("sub changes scores to which a sink is joined", node) if found.sinks is not None else found
 
 
 def _is_largest(node: Any, of: Any) -> bool:
-    """Whether `node` is each row's largest entry of `of`, or no more than a number."""
+    """Whether `node` is each row's largest entry of `of`."""
     if op_name(node) == "getitem" and node.args[1] == 0:
-        node = through_casts(node.args[0])
-    if op_name(node) not in ("max", "amax") or len(node.args) < 3:
+        node = through_float_casts(node.args[0])
+    if op_name(node) not in ("max", "amax") or len(node.args) < 3 or not node.args[2]:
         return False
     axis = node.args[1][0] if isinstance(node.args[1], list | tuple) else node.args[1]
-    return through_casts(node.args[0]) is through_casts(of) and axis in (-1, of.meta["val"].dim() - 1)
+    return through_float_casts(node.args[0]) is through_float_casts(of) and axis in (-1, of.meta["val"].dim() - 1)
 
 
 def _masked_fill(node: fx.Node) -> Scores | NoMatch:
@@ -213,6 +234,8 @@ def _tanh(node: fx.Node) -> Scores | NoMatch:
     found = read_scores(node.args[0])  # type: ignore[arg-type]
     if isinstance(found, NoMatch):
         return found
+    if found.lowered is not None:
+        return NoMatch("each row's largest score is taken from it before the soft cap", found.lowered)
     if found.masked or found.softcap:
         return NoMatch("the soft cap comes after a mask or another cap", node)
     # tanh(a * product) is a cap of one.
@@ -225,7 +248,13 @@ def _cat(node: fx.Node) -> Scores | NoMatch:
     if len(entries) != 2 or axis not in (-1, node.meta["val"].dim() - 1) or entries[1].meta["val"].shape[-1] != 1:
         return NoMatch("more than one more score is joined to each row", node)
     found = read_scores(entries[0])
-    return found if isinstance(found, NoMatch) else replace(found, sinks=entries[1])
+    if isinstance(found, NoMatch):
+        return found
+    if found.sinks is not None:
+        return NoMatch("more than one more score is joined to each row", node)
+    if found.lowered is not None:
+        return NoMatch("each row's largest score is taken from it before a sink is joined", found.lowered)
+    return replace(found, sinks=entries[1])
 
 
 def _product(node: fx.Node) -> Scores:
@@ -261,6 +290,9 @@ def _baddbmm(node: fx.Node) -> Scores | NoMatch:
     return found.scaled(alpha / beta).then(Step("add", bias, flat=True)).scaled(beta)
 
 
+# What leaves a sink as it is beside the scores; `sub` sees to it itself.
+_KEEP_SINKS = frozenset({"cat", "sub", "to", "type_as", "_to_copy", "alias", "reshape", "view"})
+
 _READERS: dict[str, Callable[[fx.Node], Scores | NoMatch]] = {
     **dict.fromkeys(("to", "type_as", "_to_copy", "alias"), _cast),
     **dict.fromkeys(("reshape", "view"), _reshape),
@@ -277,8 +309,3 @@ _READERS: dict[str, Callable[[fx.Node], Scores | NoMatch]] = {
     "einsum": _einsum,
     "baddbmm": _baddbmm,
 }
-
-
-def is_cast(node: Any) -> bool:
-    """Whether a node is a cast."""
-    return isinstance(node, fx.Node) and node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor)

@@ -119,6 +119,10 @@ def causal_mask(q: Tensor) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
+def without_largest(scores: Tensor) -> Tensor:
+    return scores - scores.amax(-1, True)
+
+
 def additive(q: Tensor, mask: Tensor) -> Tensor:
     allowed = causal_mask(q) & mask.bool()[:, None, None, :]
     return torch.where(allowed, 0.0, LEAST)
@@ -235,6 +239,10 @@ def with_sinks(self: Any, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     scores = torch.cat([product(q, k) * 0.5 + additive(q, m), sink_column(self, q)], dim=-1)
     scores = scores - scores.max(dim=-1, keepdim=True).values
     return torch.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1] @ v
+
+
+def beside_sinks(self: Any, q: Tensor, scores: Tensor, after: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    return after(torch.cat([scores, sink_column(self, q)], -1)).softmax(-1)[..., :-1] @ v
 
 
 def slopes(count: int = 4) -> Tensor:
@@ -356,6 +364,32 @@ def tiled(x: Tensor) -> Tensor:
     return x[:, None].expand(-1, 2, -1, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
 
 
+def test_keys_repeated_unevenly_are_not_shared_ones() -> None:
+    def weigh(self: Any, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        times = {"repeats": self.times, "dim": 1, "output_size": 4}
+        return plain(product(q, k.repeat_interleave(**times)) + additive(q, m), v.repeat_interleave(**times))
+
+    _, _, program = by_hand(weigh, kv_heads=2, times=torch.tensor([3, 1]))
+    (node,) = (node for node in program.graph.nodes if op_name(node) == "skink.attention")
+    assert [int(argument.meta["val"].shape[1]) for argument in node.args[:3]] == [4, 4, 4]
+
+
+def test_a_number_taken_from_the_scores_changes_nothing() -> None:
+    found, reasons, _ = by_hand(lambda self, q, k, v, m: plain(product(q, k) * 0.5 - 1.0 + additive(q, m), v))
+    assert (len(found), reasons) == (1, [])
+    assert found[0].endswith("causal=True, scale=0.5)")
+
+
+def test_keys_that_were_whole_numbers_stay_so() -> None:
+    def weigh(self: Any, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        whole = (k * 9).transpose(-1, -2).to(torch.int32).float()
+        return plain(q @ whole * 0.1 + additive(q, m), (repeated(v * 3, 1)).to(torch.int32).float())
+
+    found, _, program = by_hand(weigh)
+    assert len(found) == 1
+    assert str(program).count(": i32[") == 2
+
+
 def test_tiled_keys_are_not_shared_ones() -> None:
     weigh = lambda self, q, k, v, m: plain(product(q, tiled(k)) * 0.5 + additive(q, m), tiled(v))  # noqa: E731
     _, _, program = by_hand(weigh, kv_heads=2)
@@ -429,6 +463,52 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "sinks-by-token": (
         lambda self, q, k, v, m: torch.cat([product(q, k) + additive(q, m), q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
         "the sinks are not one number for each head",
+    ),
+    "scaled-sinks": (
+        lambda self, q, k, v, m: beside_sinks(self, q, product(q, k) + additive(q, m), lambda s: s * 0.3, v),
+        "mul changes scores to which a sink is joined",
+    ),
+    "capped-sinks": (
+        lambda self, q, k, v, m: beside_sinks(self, q, product(q, k), torch.tanh, v),
+        "tanh changes scores to which a sink is joined",
+    ),
+    "sinks-and-a-sum": (
+        lambda self, q, k, v, m: beside_sinks(
+            self, q, product(q, k), lambda s: s + nn.functional.pad(additive(q, m), (0, 1)), v
+        ),
+        "add changes scores to which a sink is joined",
+    ),
+    "sinks-and-a-difference": (
+        lambda self, q, k, v, m: beside_sinks(
+            self, q, product(q, k), lambda s: s - nn.functional.pad(-additive(q, m), (0, 1)), v
+        ),
+        "sub changes scores to which a sink is joined",
+    ),
+    "largest-before-sinks": (
+        lambda self, q, k, v, m: beside_sinks(
+            self, q, without_largest(product(q, k) + additive(q, m)), lambda s: s * 1, v
+        ),
+        "each row's largest score is taken from it before a sink is joined",
+    ),
+    "constant-before-sinks": (
+        lambda self, q, k, v, m: beside_sinks(self, q, product(q, k) + 2.0 + additive(q, m), lambda s: s, v),
+        "something is added to the scores before a sink is joined",
+    ),
+    "rows-before-sinks": (
+        lambda self, q, k, v, m: beside_sinks(
+            self, q, product(q, k) + torch.arange(q.shape[2])[:, None] * 0.3 + additive(q, m), lambda s: s, v
+        ),
+        "something is added to the scores before a sink is joined",
+    ),
+    "slopes-from-the-first-key-before-sinks": (
+        lambda self, q, k, v, m: beside_sinks(
+            self, q, product(q, k) + torch.arange(q.shape[2]) * 0.3 + additive(q, m), lambda s: s, v
+        ),
+        "something is added to the scores before a sink is joined",
+    ),
+    "largest-before-cap": (
+        lambda self, q, k, v, m: plain(torch.tanh(without_largest(product(q, k))) * 3.0 + additive(q, m), v),
+        "each row's largest score is taken from it before the soft cap",
     ),
     "alpha": (
         lambda self, q, k, v, m: plain(torch.add(product(q, k), additive(q, m), alpha=2), v),

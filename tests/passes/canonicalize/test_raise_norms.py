@@ -72,6 +72,10 @@ def test_a_norm_that_stays_wide_stays_wide() -> None:
         (lambda self, x: normalise(x) * self.w[None], "the factor is not a weight"),
         (lambda self, x: normalise(x) * (self.w + self.w), "the factor is not a weight"),
         (lambda self, x: normalise(x) * torch.sigmoid(x), "the factor is not a weight"),
+        (lambda self, x: normalise(x) * self.w.to(torch.int32), "the factor is not a weight"),
+        (lambda self, x: normalise(x) * self.w.to(torch.int32).float(), "the factor is not a weight"),
+        (lambda self, x: normalise(x) * self.w.half().float(), "the factor is not a weight"),
+        (lambda self, x: normalise(x) * (1 + self.w.bool()), "the factor is not a weight"),
         (lambda self, x: nn.functional.rms_norm(x, [3, 8], self.w2, 1e-5), "over 2 dims, not one"),
         (lambda self, x: nn.functional.rms_norm(x, [8], self.w), "eps is left to the dtype"),
         (lambda self, x: nn.functional.rms_norm(x, [8], x[0, 0], 1e-5), "the factor is not a weight"),
@@ -160,6 +164,16 @@ def test_layer_norms_with_casts_around_them(dtype: torch.dtype) -> None:
 def test_near_misses_of_layer_norms(body: Any, reason: str) -> None:
     module = One(body, one=parameter(1), e=nn.Parameter(torch.tensor(0.1)))
     assert check(module, X)[1] == [reason]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.half])
+def test_factors_of_layer_norms_keep_their_casts(dtype: torch.dtype) -> None:
+    body = lambda self, x: nn.functional.layer_norm(x, [8], None, self.b) * self.w.to(dtype).float()  # noqa: E731
+    other = lambda self, x: nn.functional.layer_norm(x, [8]) * self.w.to(dtype).float()  # noqa: E731
+    third = lambda self, x: nn.functional.layer_norm(x, [8], self.w) + self.b.to(dtype).float()  # noqa: E731
+    for one in (body, other, third):
+        ops, _, _ = check(One(one, w=nn.Parameter(torch.randn(8) * 4), b=nn.Parameter(torch.randn(8) * 4)), X)
+        assert len(ops) == 1
 
 
 def test_what_is_no_layer_norm_is_left_alone() -> None:

@@ -44,6 +44,7 @@ def built(program: Program, operand: Operand) -> str:
         (lambda self, x: x.reshape(-1, *x.shape[2:]).transpose(1, 2), True, ""),
         (lambda self, x: x.transpose(2, 3).reshape(-1, 8, x.shape[2]), True, ""),
         (lambda self, x: x.relu(), True, "transpose"),
+        (lambda self, x: x.transpose(2, 3).to(torch.int32).float().relu(), True, "transpose"),
         (lambda self, x: x.relu().flatten(0, 1), False, "unflatten"),
         (lambda self, x: x.relu().flatten(0, 1), True, "unflatten transpose"),
     ],
@@ -72,6 +73,16 @@ def test_factors(body: Callable[..., Tensor], factor: float, source: str) -> Non
     operand, found = without_factors(node, turned=True, heads=0)
     assert found == factor
     assert (op_name(operand.node) or operand.node.op) == source
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.half])
+def test_casts_that_take_digits_stay(dtype: torch.dtype) -> None:
+    _, node = program_of(lambda self, x: x.transpose(2, 3).to(dtype).float())
+    operand = operand_of(node, turned=True, heads=0)
+    assert operand.turned
+    assert op_name(operand.node) == "to"
+    _, node = program_of(lambda self, x: repeated(x).to(dtype).float())
+    assert unrepeated(Operand(node)) == Operand(node)
 
 
 def repeated(x: Tensor, times: int = 3) -> Tensor:
@@ -124,9 +135,10 @@ def test_repeated_heads_that_were_turned_since() -> None:
         lambda x: x.repeat_interleave(3, 3),
         lambda x: x[:, :, None].expand(-1, -1, 3, -1, -1).reshape(x.shape[0], 4, -1, 8),
         lambda x: repeated(x).relu(),
+        lambda x: x.repeat_interleave(torch.tensor([3, 1, 2, 2]), 1, output_size=8),
         lambda x: x,
     ],
-    ids=["tiled", "repeat", "features", "tokens", "changed", "plain"],
+    ids=["tiled", "repeat", "features", "tokens", "changed", "uneven", "plain"],
 )
 def test_what_is_not_repeated_stays(body: Callable[[Tensor], Tensor]) -> None:
     _, node = program_of(lambda self, x: body(x))

@@ -36,6 +36,14 @@ def test_rotary(body: Any, width: int) -> None:
     assert (ops, reasons) == (["skink.rotary(%x, %y, %z)"], [])
 
 
+@pytest.mark.parametrize(("dtype", "printed"), [(torch.int32, ": i32["), (torch.half, ": f16[")])
+def test_tables_keep_casts_that_take_digits(dtype: torch.dtype, printed: str) -> None:
+    body = lambda self, x, c, s: rotate(x, (c * 3).to(dtype).float(), (s * 3).to(dtype).float())  # noqa: E731
+    ops, _, program = check(Three(body), HEADS, *tables(8), dims=ROTARY_DIMS)
+    assert len(ops) == 1
+    assert str(program).count(printed) == 2
+
+
 def test_tables_of_one_row_serve_all_rows() -> None:
     row = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     dims = {"x": {0: "B", 2: "T"}, "y": {1: "T"}, "z": {1: "T"}}

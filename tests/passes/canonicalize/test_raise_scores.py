@@ -42,6 +42,7 @@ def without_largest(scores: Tensor) -> Tensor:
         (lambda self, q, k, m: product(q, k) * self.two / math.sqrt(16), 0.5, 0.0, ["scale", "scale"]),
         (lambda self, q, k, m: product(q, k) + m, 1.0, 0.0, ["add"]),
         (lambda self, q, k, m: m + product(q, k) * 2.0, 2.0, 0.0, ["scale", "add"]),
+        (lambda self, q, k, m: product(q, k) - 1.0, 1.0, 0.0, ["add"]),
         (lambda self, q, k, m: product(q, k) - m, 1.0, 0.0, ["scale", "add", "scale"]),
         (lambda self, q, k, m: (product(q, k) + m) * 3.0, 3.0, 0.0, ["add", "scale"]),
         (lambda self, q, k, m: product(q, k).masked_fill(m > 0, -1e9), 1.0, 0.0, ["fill"]),
@@ -91,6 +92,7 @@ def test_a_sum_with_a_factor_on_what_is_added() -> None:
         (lambda self, q, k, m: torch.sub(product(q, k), m, alpha=2), "what is taken from the scores is", "sub"),
         (lambda self, q, k, m: product(q, k).clamp(-1e38, 5.0), "scores are bounded", "clamp"),
         (lambda self, q, k, m: product(q, k).tanh().tanh(), "the soft cap comes after a mask or another cap", "tanh"),
+        (lambda self, q, k, m: without_largest(product(q, k)).tanh(), "is taken from it before the soft cap", "sub"),
         (lambda self, q, k, m: product(q, k).reshape(-1, q.shape[2]), "scores are reshaped to something", "reshape"),
         (lambda self, q, k, m: m + 1, "placeholder on the scores' way", ""),
         (lambda self, q, k, m: m + self.w, "placeholder on the scores' way", ""),
@@ -108,13 +110,21 @@ def test_what_is_not_read_says_where(body: Callable[..., Tensor], reason: str, o
 def test_numbers() -> None:
     def body(self: One, x: Tensor) -> tuple[Tensor, ...]:
         full = torch.full([], 4.0)
-        known = (x * full, x * full.sqrt(), x * self.one[None], x * full.half().float().reshape(1, 1))
+        whole = torch.full([], 1.9).to(torch.int64)
+        known = (
+            x * whole,
+            x * self.one.half(),
+            x * full,
+            x * full.sqrt(),
+            x * self.one[None],
+            x * full.half().float().reshape(1, 1),
+        )
         return (*known, x * self.two, x * self.weight)
 
     parts = {"one": torch.tensor([3.0]), "two": torch.tensor([3.0, 4.0]), "weight": parameter(1)}
     program = capture(One(body, **parts), (torch.randn(3, 2),))
     factors = [node.args[1] for node in program.graph.output_node().args[0]]
-    assert [number(factor) for factor in factors] == [4.0, 2.0, 3.0, 4.0, None, None]
+    assert [number(factor) for factor in factors] == [1.0, 3.0, 4.0, 2.0, 3.0, 4.0, None, None]
     assert (number(2), number(True), number(None)) == (2.0, None, None)
 
 
