@@ -23,6 +23,7 @@ CODES: dict[str, str] = {
     "RECIPE-001": "an unknown pass",
     "RECIPE-002": "a recipe that cannot be read",
     "RECIPE-003": "a pass that needs a stage which the one before it does not leave",
+    "RECIPE-004": "a pass whose package cannot be imported",
     "REWRITE-001": "rules that undo each other without end",
     "VERIFY-001": "a graph that breaks the rules of its stage after a pass",
     "VERIFY-002": "numbers changed by a pass that promised not to change them",

@@ -188,7 +188,9 @@ def _layers(program: Program, blocks: Sequence[FeedForward]) -> dict[str, Layer]
 
 
 def _layer_name(weights: Sequence[str], node: fx.Node) -> str:
-    for name in (*weights, str(node.meta.get("module") or "")):
+    # A constant is named after the module that made it, and others may read it.
+    own = (weight for weight in weights if not weight.startswith("constants."))
+    for name in (*own, str(node.meta.get("module") or "")):
         found = _LAYER.match(name)
         if found:
             return found.group()

@@ -25,7 +25,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", encoders:
     """A Hugging Face decoder, or with `encoders` an encoder, in eval mode, by hub id, folder or `stdlib-llama`.
 
     Raises:
-        ModelError: MODEL-001 ... -003.
+        ModelError: MODEL-001 ... -003, -005 for an encoder that is not wanted.
     """
     from skink.export.huggingface import load_source
 
@@ -71,15 +71,16 @@ def tokenizer_of(name: str, loaded: Loaded) -> Any:
     return loaded.tokenizer
 
 
-def captured_program(name: str, *, meta: bool) -> "Program":
+def captured_program(name: str, *, meta: bool, encoders: bool = True) -> "Program":
     """A model's program: of a Skink folder the one that it holds, of any other as captured, not yet canonical.
 
     Args:
         name: as in `load_model`.
         meta: read the configuration only; weights have shapes and no values.
+        encoders: take encoders too.
 
     Raises:
-        ModelError: MODEL-001 ... -003.
+        ModelError: MODEL-001 ... -003, -005 for an encoder that is not wanted.
         CaptureError: CAPTURE-002 ... -004.
     """
     import torch
@@ -87,10 +88,12 @@ def captured_program(name: str, *, meta: bool) -> "Program":
 
     from skink.export.huggingface import SkinkConfig, SkinkForCausalLM
     from skink.export.huggingface.checkpoint import read_graph
-    from skink.export.huggingface.loading import encoder_class
+    from skink.export.huggingface.loading import encoder_class, refuse_encoder
     from skink.graph.capture import capture
 
     config = _configuration(name)
+    if not encoders:
+        refuse_encoder(name, config)
     if meta:
         if isinstance(config, SkinkConfig):
             return read_graph(_place(name), {})

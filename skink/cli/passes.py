@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import typing
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -25,33 +24,28 @@ def passes(
     as_json: AsJson = False,
 ) -> None:
     """List the passes that recipes are made of, with their options, and the recipes that ship."""
-    from skink.passes import all_passes, find_pass
+    from skink.passes import discover, find_pass
     from skink.passes.recipe import load_recipe, shipped_recipes
 
     session = session_of(context)
-    packages = _packages()
-    chosen = [find_pass(name)] if name else list(all_passes().values())
-    described = [_described(entry, packages.get(entry.name, "")) for entry in chosen]
+    found = discover()
+    chosen = [find_pass(name)] if name else list(found.passes.values())
+    described = [_described(entry, found.packages.get(entry.name, "")) for entry in chosen]
+    broken = [dataclasses.asdict(entry) for entry in found.broken] if not name else []
     recipes = {recipe: load_recipe(recipe) for recipe in shipped_recipes()} if not name else {}
     if session.as_json:
         listed = {key: {"description": r.description, "passes": str(r)} for key, r in recipes.items()}
-        session.emit({"passes": described, **({"recipes": listed} if not name else {})})
+        session.emit({"passes": described, **({"broken": broken, "recipes": listed} if not name else {})})
         return
     for entry in described:
         _show(session, entry)
+    for entry in broken:
+        title = Text.assemble((entry["name"], "bold red"), f"  cannot be imported from the package {entry['package']}")
+        session.show(title, Text(f"  {entry['reason']}", style="dim"), "")
     if recipes:
         session.show(Text("Recipes that ship (skink compress MODEL --recipe NAME)", style="bold"))
         for key, recipe in recipes.items():
             session.show(Padding(Text.assemble((key, "bold cyan"), f"  {recipe.description}"), (0, 0, 0, 2)))
-
-
-def _packages() -> dict[str, str]:
-    """Names of passes of other packages → the package."""
-    found: dict[str, str] = {}
-    for point in entry_points(group="skink.passes"):
-        loaded: type[Pass] = point.load()
-        found[loaded.name] = point.dist.name if point.dist is not None else point.module.partition(".")[0]
-    return found
 
 
 def _described(entry: "type[Pass]", package: str) -> dict[str, Any]:

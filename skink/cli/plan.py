@@ -26,7 +26,7 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
 
     pipeline = Pipeline((Canonicalize(), *recipe.passes))
     texts = _texts(name, recipe, options)
-    program = captured_program(name, meta=True)
+    program = captured_program(name, meta=True, encoders=False)
     cost = program_cost(program)
     stages = [{"pass": str(entry), "exactness": entry.exactness} for entry in pipeline.passes]
     content: dict[str, Any] = {

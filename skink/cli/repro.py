@@ -118,7 +118,7 @@ def _weights(model: str) -> "dict[str, Tensor]":
         from skink.cli.models import load_model
         from skink.compression.compress import captured
 
-        return dict(captured(load_model(model).model).weights())
+        return dict(captured(load_model(model, encoders=True).model).weights())
 
 
 @contextlib.contextmanager

@@ -84,6 +84,13 @@ def capture(
     from skink.graph.frontends import Replay, program_from_exported
 
     run = partial(_capture, strict=strict)
+    check_dims(dims)
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise CaptureError(
+            "CAPTURE-004",
+            f"a model of the type {type(model).__name__} is no module.",
+            fix="give a torch.nn.Module; put a function into the forward of one.",
+        )
     if isinstance(model, ExportedProgram):
         return program_from_exported(model, dims=dims)
     if example_inputs is None:
@@ -106,6 +113,12 @@ def _module_subject(
     ]
     if isinstance(example_inputs, Mapping):
         examples = dict(example_inputs)
+    elif not isinstance(example_inputs, Sequence):
+        raise CaptureError(
+            "CAPTURE-005",
+            f"example_inputs is a {type(example_inputs).__name__}, not a sequence or a mapping of tensors.",
+            fix="write (x,) for one tensor x.",
+        )
     else:
         if len(example_inputs) > len(parameters):
             raise CaptureError(
@@ -137,6 +150,31 @@ def _module_subject(
     )
     _check_sizes(inputs, examples)
     return Subject(module=model, inputs=inputs, prefix="", model=model)
+
+
+def check_dims(dims: Any) -> None:
+    """Refuse what does not name dims by input and axis.
+
+    Raises:
+        CaptureError: CAPTURE-005.
+    """
+    fix = 'write dims={"x": {0: "B", 1: "T"}}: names by input and axis.'
+    if dims is None:
+        return
+    if not isinstance(dims, Mapping):
+        raise CaptureError("CAPTURE-005", f"dims is a {type(dims).__name__}, not a mapping of inputs.", fix=fix)
+    for name, named in dims.items():
+        if not isinstance(name, str):
+            raise CaptureError("CAPTURE-005", f"dims has {name!r} where the name of an input belongs.", fix=fix)
+        if not isinstance(named, Mapping):
+            raise CaptureError("CAPTURE-005", f"dims of {name!r} are {named!r}, not names by axis.", fix=fix)
+        for axis, dim in named.items():
+            if not isinstance(axis, int) or isinstance(axis, bool):
+                raise CaptureError("CAPTURE-005", f"{axis!r}, in dims of {name!r}, is no axis.", fix=fix)
+            if not isinstance(dim, str):
+                raise CaptureError(
+                    "CAPTURE-005", f"{dim!r}, for axis {axis} of {name!r}, cannot name a dim: it is no text.", fix=fix
+                )
 
 
 def _default_dims(example: Tensor) -> dict[int, str]:
@@ -226,6 +264,8 @@ def _capture(subject: Subject, *, strict: bool = False, longest: Mapping[str, in
         with torch.no_grad(), warnings.catch_warnings(), _quiet():
             # torch 2.13 copies its own deprecated objects.
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+            # Recurrent layers keep their weights in a list too.
+            warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights", category=UserWarning)
             exported = torch.export.export(
                 fake_copy(subject.module, mode, subject.cast),
                 args=tuple(examples) if subject.positional else (),

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from skink.errors import CaptureError
-from skink.graph.capture import Dims, Subject, capture, without_writes
+from skink.graph.capture import Dims, Subject, capture, check_dims, without_writes
 from skink.graph.lift import lift
 from skink.graph.program import Input, Program, store_weight
 from skink.graph.propagate import propagate
@@ -58,7 +58,8 @@ def program_from_dynamo(
     """The program of a graph that dynamo hands to a backend of `torch.compile`, at stage `captured`.
 
     Its inputs are the tensors among the graph's inputs that are no weights, by the names of the function's arguments;
-    its weights have their qualified names where dynamo knows them.
+    its weights have their qualified names where dynamo knows them. It therefore cannot be what the backend returns,
+    which is called with every input of the graph: return `graph_module.forward`.
 
     Args:
         graph_module: the graph, whose placeholders may be weights, sizes and numbers that dynamo lifted.
@@ -68,6 +69,7 @@ def program_from_dynamo(
     Raises:
         CaptureError: CAPTURE-005 where an input is no tensor; otherwise as `capture`.
     """
+    check_dims(dims)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(example_inputs):
         raise CaptureError(
@@ -237,6 +239,13 @@ def _named_inputs(tensors: Mapping[str, Any], dims: Dims) -> tuple[Input, ...]:
     names: dict[Any, str] = {}
     for name, given in dims.items():
         for axis, dim in given.items():
+            rank = tensors[name].dim()
+            if not -rank <= axis < rank:
+                raise CaptureError(
+                    "CAPTURE-005",
+                    f"a dim is named for axis {axis} of {name!r}, which has {rank} axes.",
+                    fix=f"axes are 0 to {rank - 1}.",
+                )
             size = tensors[name].shape[axis]
             if not _varies(size):
                 raise CaptureError(

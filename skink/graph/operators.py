@@ -75,13 +75,15 @@ def _is_allowed(overload: torch._ops.OpOverload) -> bool:
 
 
 def draws_random_numbers(target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call with these arguments, by name, draws random numbers: a dropout need not."""
-    if torch.Tag.nondeterministic_seeded not in target.tags and "dropout" not in target._schema.name:
+    """Whether a call with these arguments, by name, draws random numbers: a dropout, or an LSTM with one, need not."""
+    is_dropout = "dropout" in target._schema.name
+    if torch.Tag.nondeterministic_seeded not in target.tags and not is_dropout:
         return False
-    chance = arguments.get("dropout_p", arguments.get("p") if "dropout" in target._schema.name else None)
-    if chance is None and "dropout_p" in (argument.name for argument in target._schema.arguments):
-        chance = 0.0
-    return chance != 0 and not ("dropout" in target._schema.name and arguments.get("train") is False)
+    defaults = {entry.name: entry.default_value for entry in target._schema.arguments if entry.has_default_value()}
+    given = {**defaults, **arguments}
+    if any(given.get(name) is False for name in ("train", "training")):
+        return False
+    return all(given.get(name) != 0 for name in ("dropout_p", "dropout", *(("p",) if is_dropout else ())))
 
 
 def operator_name(target: Any) -> str:

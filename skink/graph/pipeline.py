@@ -1,5 +1,6 @@
 """`Pipeline`: passes in order; a failure that is a pass's fault leaves a reproducer."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from skink.graph.snapshot import Snapshot
 from skink.graph.versions import package_of
 from skink.settings import settings
 
+_log = logging.getLogger("skink.limit")
 # Codes of errors that are a pass's fault; every other code is of something that the user can mend.
 _DEFECTS = ("VERIFY-", "REWRITE-", "DEFECT-")
 
@@ -109,9 +111,19 @@ class Pipeline:
         """
         level = settings().verify if verify is None else verify
         limit, dump = settings().rewrite_limit, settings().dump
+        edits = len(program.edits)
         done = self.attempt(
             program, calibration=calibration, seed=seed, verify=level, limit=limit, dump=dump, progress=progress
         )
+        # Whoever cut a program short by an earlier pipeline was told then.
+        if limit is not None and self.passes and len(program.edits) >= limit and (edits < limit or limit == 0):
+            stopped = done.result.passes[-1].pass_ if done.result.passes else self.passes[0]
+            _log.warning(
+                "SKINK_REWRITE_LIMIT=%d stopped pass %s: the program stays at stage %s, and no later pass runs.",
+                limit,
+                stopped,
+                program.stage,
+            )
         if done.error is None:
             return done.result
         if not isinstance(done.error, SkinkError):

@@ -78,7 +78,7 @@ def load_recipe(
         overrides: `{"low-rank.keep": 0.7}`, options to change wherever that pass stands.
 
     Raises:
-        RecipeError: RECIPE-001 unknown pass, -002 unreadable.
+        RecipeError: RECIPE-001 unknown pass, -002 unreadable, -004 a pass whose package cannot be imported.
         OptionError: OPTION-001 ... -003.
     """
     loaded = _load(recipe)
@@ -165,7 +165,7 @@ def parse_passes(text: str, *, shipped: Sequence[str] = ()) -> tuple[Pass, ...]:
     """Passes from the one-line form: `name{key=value,key=[a,b]}, name`.
 
     Raises:
-        RecipeError: RECIPE-001, RECIPE-002.
+        RecipeError: RECIPE-001, RECIPE-002, RECIPE-004.
     """
     passes = []
     for part in _split(text):
@@ -175,7 +175,7 @@ def parse_passes(text: str, *, shipped: Sequence[str] = ()) -> tuple[Pass, ...]:
         try:
             found = find_pass(name.strip())
         except RecipeError as error:
-            if shipped:
+            if shipped and error.code == "RECIPE-001":
                 error.fix += f" recipes that ship: {', '.join(shipped)}; or a .yaml file."
             raise
         passes.append(found.from_options(_parse_options(rest.removesuffix("}"), part)))

@@ -1,6 +1,7 @@
 """What `skink inspect` says of a program, against what the model's configuration and weights say."""
 
 import pytest
+from transformers import FalconConfig, FalconForCausalLM
 
 from skink.cli.inspection import as_json, inspect_program
 from skink.graph.capture import capture
@@ -53,6 +54,13 @@ def test_feed_forward_blocks_stand_with_their_layer(mistral) -> None:
         assert "silu" not in layer.operators
     assert mistral.layers[-1].feed_forward == []
     assert mistral.refused == []
+
+
+def test_a_constant_of_a_layer_makes_no_layer_of_its_own() -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = FalconForCausalLM(FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    inspected = inspect_program(capture(model), context=8)
+    assert [layer.name for layer in inspected.layers] == ["transformer.h.0", "transformer.h.1", ""]
 
 
 def test_experts_name_their_router() -> None:

@@ -7,6 +7,7 @@ from skink.cli.models import _place, captured_program, is_onnx, load_model, load
 from skink.errors import ModelError
 from skink.evaluation import HuggingFaceTarget
 from skink.export.onnx import OrtRunner
+from tests.cli.conftest import Run
 
 
 def test_a_folder_with_a_graph_for_onnx_runtime_is_told_from_others(compressed: Path) -> None:
@@ -49,3 +50,29 @@ def test_an_encoder_is_captured_as_what_it_was_saved_from(
 def test_the_model_that_ships_has_a_name() -> None:
     assert (Path(_place("stdlib-llama")) / "config.json").is_file()
     assert _place("some/folder") == "some/folder"
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compress", "--recipe", "low-rank{method=plain}", "--out", "OUT"),
+        ("compress", "--recipe", "low-rank{method=plain}", "--out", "OUT", "--dry-run"),
+        ("generate", "def"),
+        ("export", "--onnx", "OUT"),
+        ("bisect", "--recipe", "low-rank{method=plain}"),
+    ],
+    ids=" ".join,
+)
+def test_commands_that_need_a_decoder_refuse_an_encoder(
+    run: Run, tmp_path: Path, cls: type[BertModel], command: tuple[str, ...]
+) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    cls(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "bert")
+    name, *options = (entry.replace("OUT", str(tmp_path / "out")) for entry in command)
+    done = run(name, tmp_path / "bert", *options)
+    assert done.code == 1
+    assert "[MODEL-005]" in done.stderr
+    assert f"is an encoder ({cls.__name__})" in done.stderr
+    assert "skink inspect" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ class _Point:
     class dist:  # noqa: N801
         name = "other-package"
 
+    name = "foreign"
     module = "other.module"
 
     @staticmethod
@@ -34,19 +35,26 @@ class _Point:
         return Foreign
 
 
+class _Broken(_Point):
+    name = "broken"
+
+    @staticmethod
+    def load() -> type[Pass]:
+        raise ImportError("libbroken.so is missing")
+
+
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     import skink.passes
 
     def points(group: str) -> list[type[_Point]]:
-        return [_Point] if group == "skink.passes" else []
+        return [_Broken, _Point] if group == "skink.passes" else []
 
     monkeypatch.setattr("skink.passes.entry_points", points)
-    monkeypatch.setattr("skink.cli.passes.entry_points", points)
-    skink.passes.all_passes.cache_clear()
+    skink.passes.discover.cache_clear()
     yield
     monkeypatch.undo()
-    skink.passes.all_passes.cache_clear()
+    skink.passes.discover.cache_clear()
 
 
 def test_options_are_listed_with_types_and_defaults(run: Run) -> None:
@@ -73,6 +81,16 @@ def test_passes_of_other_packages_name_their_package(run: Run) -> None:
     assert listed["foreign"]["options"][0]["help"] == "how much of it, in [0, 1]."
     assert listed["low-rank"]["package"] == "skink"
     assert "from the package other-package" in run("passes", "foreign").stdout
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_pass_that_cannot_be_imported_is_listed_with_the_reason(run: Run) -> None:
+    broken = {"name": "broken", "package": "other-package", "reason": "ImportError: libbroken.so is missing"}
+    assert run("passes", "--json").json["broken"] == [broken]
+    shown = run("passes").stdout
+    assert "cannot be imported from the package other-package" in shown
+    assert "libbroken.so is missing" in shown
+    assert run("passes", "broken").stderr.startswith("[RECIPE-004]")
 
 
 def test_an_unknown_pass_suggests_the_nearest(run: Run) -> None:

@@ -13,7 +13,7 @@ from skink.cli.models import load_model
 from skink.compression.compress import captured as captured_model
 from skink.errors import VerifyError
 from skink.graph.pipeline import Pipeline
-from skink.passes import PASSES, all_passes
+from skink.passes import PASSES, discover
 from skink.passes.canonicalize import Canonicalize
 from skink.settings import settings
 from tests.cli.conftest import Run
@@ -27,9 +27,9 @@ FACTORS = (1.0, 1.0, 1.0, 2.0)
 def scale_is_a_pass() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skink.passes, "PASSES", (*PASSES, Scale))
-        all_passes.cache_clear()
+        discover.cache_clear()
         yield
-    all_passes.cache_clear()
+    discover.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from skink.graph.reproducer import read_reproducer
 from skink.graph.rewriter import Rewriter
 from skink.graph.serialization import load_graph
 from skink.graph.state import derive_step
+from skink.passes import discover
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
 from skink.passes.recipe import load_recipe
@@ -110,6 +112,16 @@ class ReluInPlace(Pass):
 
 def _run(entry: Pass) -> None:
     skink.Pipeline((Canonicalize(), entry)).run(skink.capture(tiny("llama")))
+
+
+def _broken_package() -> None:
+    points = EntryPoints([EntryPoint("shrink", "shrinking:Shrink", "skink.passes")])
+    discover.cache_clear()
+    try:
+        with patch("skink.passes.entry_points", lambda group: points.select(group=group)):
+            load_recipe("shrink")
+    finally:
+        discover.cache_clear()
 
 
 def _shared_memory() -> None:
@@ -206,6 +218,7 @@ EXAMPLES: dict[str, Callable[[], object]] = {
     "RECIPE-001": lambda: load_recipe("lowrank{keep=0.8}"),
     "RECIPE-002": lambda: load_recipe("low-rank{keep=0.8"),
     "RECIPE-003": lambda: skink.Pipeline((LowRank(),)),
+    "RECIPE-004": _broken_package,
     "VERIFY-001": lambda: _run(ReluInPlace()),
     "VERIFY-002": lambda: _run(HalveLogits()),
     "BISECT-001": lambda: bisect(canonical("llama"), skink.Pipeline((LowRank(method="plain"),), start=Stage.CANONICAL)),

@@ -16,7 +16,7 @@ from skink.errors import VerifyError
 from skink.graph.bisect import bisect
 from skink.graph.pipeline import Pipeline
 from skink.graph.reproducer import read_reproducer
-from skink.passes import all_passes
+from skink.passes import discover
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import parse_passes
 from tests.programs import captured
@@ -71,9 +71,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     install(folder, "split_silu", SPLIT_SILU, "SplitSilu", "split-silu")
     monkeypatch.syspath_prepend(folder)
-    all_passes.cache_clear()
+    discover.cache_clear()
     yield folder
-    all_passes.cache_clear()
+    discover.cache_clear()
     sys.modules.pop("split_silu", None)
 
 

@@ -27,6 +27,16 @@ class Stack(nn.Module):
         return hidden, hidden.mean(1)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)[0]
+        return result
+
+
 def assert_captured(
     module: nn.Module,
     examples: tuple[Tensor, ...],
@@ -197,6 +207,12 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         ((torch.zeros(2, 3), torch.zeros(2, 3)), {"w": {0: "B"}}, "dims are named for w, which is no input"),
         ((torch.zeros(2, 3), torch.zeros(2, 3)), {"x": {2: "B"}}, "axis 2 of 'x', which has 2 axes"),
         ((torch.zeros(2, 3), torch.zeros(2, 3)), {"x": {0: "a b"}}, "'a b', for axis 0 of 'x', cannot name a dim"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), [0], "dims is a list, not a mapping of inputs"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), {0: "B"}, "dims has 0 where the name of an input belongs"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), {"x": ["B"]}, "dims of 'x' are ['B'], not names by axis"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), {"x": {"B": 0}}, "'B', in dims of 'x', is no axis"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), {"x": {0: 1}}, "1, for axis 0 of 'x', cannot name a dim"),
+        (torch.zeros(2, 3), None, "example_inputs is a Tensor, not a sequence"),
         ((torch.zeros(2, 3), torch.zeros(2, 3)), {"x": {1: "N"}}, "only one size in this model"),
     ],
 )
@@ -205,3 +221,18 @@ def test_inputs_that_do_not_fit_are_refused(examples: Any, dims: Any, message: s
     with pytest.raises(CaptureError, match=r"\[CAPTURE-005\]") as caught:
         capture(module, examples, dims=dims)
     assert message in caught.value.what
+
+
+def test_a_function_is_no_model() -> None:
+    with pytest.raises(CaptureError, match=r"\[CAPTURE-004\] a model of the type .* is no module"):
+        capture(torch.relu, (torch.zeros(2, 3),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_draw_nothing_in_evaluation(kind: type[nn.RNNBase]) -> None:
+    assert_captured(
+        Recurrent(kind(4, 8, num_layers=2, dropout=0.5, batch_first=True)),
+        (torch.zeros(2, 3, 4),),
+        (torch.randn(5, 3, 4),),
+        {"x": {0: "B"}},
+    )

@@ -79,6 +79,12 @@ def test_a_misspelt_op_is_suggested() -> None:
         (aten.native_dropout.default, {"p": 0.5, "train": True}, True),
         (aten.scaled_dot_product_attention.default, {}, False),
         (aten.scaled_dot_product_attention.default, {"dropout_p": 0.5}, True),
+        (aten.lstm.input, {"dropout": 0.5, "train": True}, True),
+        (aten.lstm.input, {"dropout": 0.5, "train": False}, False),
+        (aten.lstm.input, {"dropout": 0.0, "train": True}, False),
+        (aten.gru.input, {"dropout": 0.0, "train": False}, False),
+        (aten.rrelu.default, {}, False),
+        (aten.rrelu.default, {"training": True}, True),
     ],
 )
 def test_what_draws_random_numbers(target: torch._ops.OpOverload, arguments: dict[str, Any], draws: bool) -> None:

@@ -1,5 +1,6 @@
 """Pipelines: order, verification, records, dumps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -235,3 +236,26 @@ def test_a_program_from_a_file_can_be_run_through() -> None:
     loaded = program_from_json(program_to_json(original), dict(original.weights()))
     result = Pipeline((Canonicalize(),)).run(loaded)
     assert result.passes[0].result.edits == 0
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_pass_that_the_limit_stops_is_named_once(
+    set_environment: Callable[..., None], caplog: pytest.LogCaptureFixture, limit: int
+) -> None:
+    set_environment(SKINK_REWRITE_LIMIT=str(limit))
+    program = captured("llama").clone()
+    Pipeline((Canonicalize(),)).run(program, verify=0)
+    Pipeline((), start=program.stage).run(program, verify=0)
+    said = [record.getMessage() for record in caplog.records if record.name == "skink.limit"]
+    assert said == [
+        f"SKINK_REWRITE_LIMIT={limit} stopped pass canonicalize: the program stays at stage captured, and no later "
+        "pass runs."
+    ]
+
+
+def test_a_limit_that_is_not_reached_says_nothing(
+    set_environment: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    set_environment(SKINK_REWRITE_LIMIT="100000")
+    Pipeline((Canonicalize(),)).run(captured("llama").clone(), verify=0)
+    assert not [record for record in caplog.records if record.name.startswith("skink")]

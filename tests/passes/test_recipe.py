@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import skink.passes
 from skink.errors import OptionError, RecipeError
 from skink.graph.passes import Pass
-from skink.passes import PASSES, all_passes
+from skink.passes import PASSES, discover
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import Recipe, load_recipe, parse_passes, parse_value, shipped_recipes
 from tests.sample_pass import Sample
@@ -25,9 +25,9 @@ from tests.sample_pass import Sample
 def sample_is_a_pass() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skink.passes, "PASSES", (*PASSES, Sample))
-        all_passes.cache_clear()
+        discover.cache_clear()
         yield
-    all_passes.cache_clear()
+    discover.cache_clear()
 
 
 samples = st.builds(

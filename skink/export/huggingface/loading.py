@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -84,7 +85,8 @@ def load_source(
         encoders: load encoders too, as the class that they were saved from.
 
     Raises:
-        ModelError: MODEL-001 no such checkpoint, -002 weights missing or damaged, -003 it needs pickles or code.
+        ModelError: MODEL-001 no such checkpoint, -002 weights missing or damaged, -003 it needs pickles or code, -005
+            an encoder where a decoder is wanted.
     """
     name = _resolve(name_or_path)
     target = torch.device(device or "cpu")
@@ -166,10 +168,34 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return named if encodes else None
 
 
+def refuse_encoder(name: str, config: PreTrainedConfig) -> None:
+    """Refuse what was saved from an encoder, where a decoder is wanted.
+
+    Raises:
+        ModelError: MODEL-005.
+    """
+    encoder = encoder_class(config)
+    # A decoder saved without its head is no encoder.
+    if (
+        encoder is None
+        or type(config) not in AutoModelForMaskedLM._model_mapping
+        or getattr(config, "is_decoder", False)
+    ):
+        return
+    raise ModelError(
+        "MODEL-005",
+        f"{name!r} is an encoder ({encoder.__name__}), and this needs a decoder.",
+        why="Skink captures and inspects encoders, and cannot save a compressed one as a model yet.",
+        fix=f"look at it with skink inspect {name}, work on its program in Python by skink.capture, or give a decoder.",
+    )
+
+
 def _load_huggingface(
     name: str, values: dict[str, Any], dtype: torch.dtype | str, *, encoders: bool
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if not encoders:
+        refuse_encoder(name, config)
     encoder = encoder_class(config) if encoders else None
     if encoder is None and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(

@@ -17,7 +17,7 @@ from skink.export.report.summary import (
     smallest,
 )
 
-_VERIFIED = ("no", "structure", "numbers")
+_VERIFIED = ("no", "structure", "numbers", "every edit")
 
 
 def page(report: Report) -> str:

@@ -125,7 +125,7 @@ class PassRecord(Record):
         edits: rewrites made.
         error: relative L2 error of the logits against the captured model after this pass.
         kl: mean KL divergence of the captured model's next-token distribution from this one's, nats per token.
-        verified: 0 not at all, 1 structure, 2 numbers too.
+        verified: 0 not at all, 1 structure, 2 numbers too, 3 numbers after every edit.
         skipped: places that matched in part and were left alone; `rejections` names them, perhaps not all.
     """
 
@@ -135,7 +135,7 @@ class PassRecord(Record):
     edits: Count
     error: float | None = None
     kl: float | None = None
-    verified: Annotated[int, Field(ge=0, le=2)] = 0
+    verified: Annotated[int, Field(ge=0, le=3)] = 0
     skipped: Count = 0
     rejections: list[Rejection] = Field(default_factory=list)
 

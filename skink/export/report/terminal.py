@@ -16,7 +16,7 @@ from skink.export.report.model import Comparison, PassRecord, Report
 from skink.export.report.summary import Row, headline, layers_sentence, rejections_by_reason, settings_lines
 
 _TONES = {"better": "green", "worse": "red", "even": "dim"}
-_VERIFIED = ("no", "structure", "numbers")
+_VERIFIED = ("no", "structure", "numbers", "every edit")
 _REASONS_SHOWN = 3
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config
 
 from skink.errors import ModelError, OptionError
 from skink.export.huggingface import SkinkForCausalLM, load, load_source
-from skink.export.huggingface.loading import encoder_class
+from skink.export.huggingface.loading import encoder_class, refuse_encoder
 from tests.export.huggingface.built import factored_model, fingerprint, word_tokenizer
 from tests.models import tiny
 from tests.programs import batch
@@ -209,5 +209,10 @@ def test_an_encoder_is_loaded_where_it_is_wanted(tmp_path: Path) -> None:
     model, tokenizer = load_source(tmp_path, encoders=True)
     assert type(model) is BertModel
     assert tokenizer is None
-    with pytest.raises(ModelError, match="weights of the model are not in the checkpoint"):
+    with pytest.raises(ModelError, match=r"\[MODEL-005\] .* is an encoder \(BertModel\)"):
         load_source(tmp_path)
+
+
+def test_a_decoder_without_its_head_is_no_encoder() -> None:
+    refuse_encoder("headless", GPT2Config(architectures=["GPT2Model"]))
+    refuse_encoder("decoding", BertConfig(architectures=["BertModel"], is_decoder=True))

@@ -1,10 +1,13 @@
+import io
 import json
 import math
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
-from skink.export.report import Comparison, Perplexity, Rate, Report
+from skink.export.report import Comparison, Perplexity, Rate, Report, render
+from skink.export.report.html import page
 
 
 def test_json_round_trip_keeps_everything_and_is_deterministic(report):
@@ -68,3 +71,14 @@ def test_a_rate_is_ordered():
 def test_created_is_a_time(report):
     with pytest.raises(ValidationError, match="created"):
         Report.from_json(report.to_json().replace(report.created, "yesterday"))
+
+
+@pytest.mark.parametrize("verified", [0, 1, 2, 3])
+def test_every_level_of_verification_can_be_reported_and_shown(report, verified):
+    passes = [entry.model_copy(update={"verified": verified}).model_dump() for entry in report.passes]
+    changed = Report.model_validate({**report.model_dump(), "passes": passes})
+    console = Console(file=io.StringIO(), width=140)
+    console.print(render(changed))
+    word = ("no", "structure", "numbers", "every edit")[verified]
+    assert word in console.file.getvalue()
+    assert word in page(changed)
