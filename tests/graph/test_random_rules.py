@@ -60,7 +60,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(program=programs(), rules=st.permutations(RULES), count=st.integers(1, len(RULES)))
 def test_exact_rules_never_change_the_numbers(program: Program, rules: list[Rule], count: int) -> None:
     inputs = example_inputs()

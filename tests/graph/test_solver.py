@@ -53,7 +53,7 @@ _PATTERNS: list[Any] = [
 ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(program=programs(), exclusive=st.booleans())
 def test_the_two_agree_on_random_programs(program: Any, exclusive: bool) -> None:
     for pattern in _PATTERNS:

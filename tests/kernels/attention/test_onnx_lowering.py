@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from skink.kernels import ATTENTION
 from tests.export.onnx.one_graph import operators, run_both
 
-_DIMS = {name: {0: "B", 2: "T"} for name in ("q", "k", "v", "w")} | {"mask": {0: "B", 1: "T"}}
+_DIMS = {name: {0: "B", 2: "T"} for name in ("q", "k", "v", "w")} | {"attention_mask": {0: "B", 1: "T"}}
 
 
 class Attentions(nn.Module):
@@ -15,8 +15,8 @@ class Attentions(nn.Module):
         self.sinks = nn.Parameter(torch.randn(4))
         self.slopes = nn.Parameter(torch.rand(4))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        attention, keep = ATTENTION.overload, mask.bool()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        attention, keep = ATTENTION.overload, attention_mask.bool()
         return (
             attention(q, k, v, scale=0.3),
             attention(q, k, v, keep, scale=0.3),
@@ -33,8 +33,8 @@ class Attentions(nn.Module):
 
 
 class Bidirectional(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        attention, keep = ATTENTION.overload, mask.bool()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        attention, keep = ATTENTION.overload, attention_mask.bool()
         return (
             attention(q, k, v, keep, scale=0.3, causal=False),
             attention(q, k, w, scale=0.3, causal=False),
@@ -47,7 +47,7 @@ def _inputs() -> dict[str, Tensor]:
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[0, :2] = 0
     shapes = {"q": (2, 4, 7, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8), "w": (2, 2, 7, 6)}
-    return {name: torch.randn(shape) for name, shape in shapes.items()} | {"mask": mask}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {"attention_mask": mask}
 
 
 @pytest.fixture(scope="module", params=[(Attentions, 7), (Bidirectional, 3)], ids=["causal", "bidirectional"])
@@ -58,7 +58,7 @@ def both(request, tmp_path_factory):
 
 def test_every_form_of_the_op(both):
     fused, expected, found, model = both
-    real = _inputs()["mask"].bool()[:, None, :, None].numpy()
+    real = _inputs()["attention_mask"].bool()[:, None, :, None].numpy()
     for index, (wanted, got) in enumerate(zip(expected, found)):
         assert np.isfinite(got).all(), index
         np.testing.assert_allclose(got * real, wanted * real, rtol=3e-6, atol=3e-6, err_msg=str(index))
