@@ -15,6 +15,9 @@ from torch import Tensor, fx, nn
 
 from skink.errors import GraphError
 
+# The input that says which tokens are padding: int64[B, T]; in a step graph it covers the past too.
+PADDING_INPUT = "attention_mask"
+
 
 class Stage(IntEnum):
     """How far a program has come; each stage has its own rules, which the verifier holds it to."""

@@ -19,7 +19,7 @@ from torch import fx
 from skink.errors import StateError
 from skink.graph.mixing import token_mixing
 from skink.graph.pattern import through_casts
-from skink.graph.program import Input, Program, Stage, StateInput
+from skink.graph.program import PADDING_INPUT, Input, Program, Stage, StateInput
 from skink.graph.propagate import dim_text, propagate, shape_context
 from skink.graph.rewriter import Rewriter, describe
 from skink.graph.text import target_name
@@ -27,9 +27,6 @@ from skink.kernels import OpDef, StateTensor, find_op
 
 aten = torch.ops.aten
 _END = torch.iinfo(torch.int64).max
-
-# The input that says which tokens are padding; in the step graph it covers the past too.
-PADDING_INPUT = "attention_mask"
 
 
 def derive_step(program: Program) -> Program:

@@ -17,13 +17,10 @@ from torch import Tensor, fx
 
 from skink.errors import VerifyError
 from skink.graph.legality import illegal
-from skink.graph.program import Edit, Program
+from skink.graph.program import PADDING_INPUT, Edit, Program
 from skink.graph.propagate import ShapeContext, propagate
 from skink.graph.rewriter import check_well_formed, describe
 from skink.graph.text import type_text
-
-# The input that says which tokens are padding.
-PADDING = "attention_mask"
 
 # Sizes of the seeded inputs of level 2.
 _BATCH, _LENGTH = 2, 17
@@ -188,7 +185,9 @@ def results_of(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     A query that is padding sees no key, and what an attention makes of that is its own affair: some give the mean of
     all values, some no number.
     """
-    padding = next((value for entry, value in zip(program.inputs, inputs, strict=False) if entry.name == PADDING), None)
+    padding = next(
+        (value for entry, value in zip(program.inputs, inputs, strict=False) if entry.name == PADDING_INPUT), None
+    )
     results: list[Tensor] = list(program(*inputs))
     if padding is None:
         return results
@@ -210,7 +209,7 @@ def seeded_inputs(program: Program, *, seed: int, vocabulary: int | None = None)
     mask[0, : min(3, length - 1)] = 0
     for entry in program.inputs:
         shape = [sizes.get(dim, 5) if isinstance(dim, str) else dim for dim in entry.dims]
-        if entry.name == PADDING:
+        if entry.name == PADDING_INPUT:
             inputs.append(mask)
         elif entry.name == "position_ids":
             inputs.append((mask.cumsum(1) - 1).clamp(min=0))
@@ -231,11 +230,6 @@ def _smallest_table(program: Program) -> int | None:
         if node.target is torch.ops.aten.embedding.default
     ]
     return min(rows, default=None)
-
-
-def compare(program: Program, reference: list[Tensor], inputs: list[Tensor]) -> Numbers:
-    """How the program's results differ from `reference` on `inputs`."""
-    return difference(results_of(program, inputs), reference)
 
 
 def difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> Numbers:

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skink.export.onnx.prepare import cast_program
-from skink.graph.program import Program
+from skink.graph.program import PADDING_INPUT, Program
 from skink.graph.propagate import propagate
-from skink.graph.state import PADDING_INPUT
 
 GREEDY_TOKENS = 32
 

@@ -12,7 +12,7 @@ from skink.graph.passes import Context, Pass, PassResult
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
 from skink.passes.canonicalize.clean import clean, drop_casts
-from skink.passes.canonicalize.raise_rules import RULES, SECOND_RULES
+from skink.passes.canonicalize.raise_rules import RULES
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Canonicalize(Pass):
 
     def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
         clean(program, rewriter)
-        refused = apply_rules(program, rewriter, (*RULES, *SECOND_RULES))
+        refused = apply_rules(program, rewriter, RULES)
         drop_casts(program, rewriter)
         clean(program, rewriter)
         return PassResult(edits=rewriter.count, refused=tuple(chain.from_iterable(refused.values())))

@@ -12,6 +12,3 @@ from skink.passes.canonicalize.raise_norms import RULES as NORM_RULES
 from skink.passes.canonicalize.raise_rotary import RULES as ROTARY_RULES
 
 RULES: tuple[Rule, ...] = (*NORM_RULES, *ROTARY_RULES, *ATTENTION_RULES, *LINEAR_RULES, *LAYOUT_RULES)
-
-# Nothing needs a second round: the driver tries again what a rewrite could have made possible.
-SECOND_RULES: tuple[Rule, ...] = ()
