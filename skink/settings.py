@@ -1,6 +1,7 @@
 """Settings that come from the environment: read here, once, and nowhere else. Listed in docs/environment.md."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,9 @@ class Settings:
         instruction_set: forces one instruction set of the C++ kernels (`baseline`, `avx2`, `avx512`), for tests and
             comparisons. `SKINK_INSTRUCTION_SET`, default the best that the processor has.
         kernels: `auto` uses the C++ kernels where they are built, `reference` never does. `SKINK_KERNELS`.
+        break_even: `measure` lets measured times decide how low-rank layers run, `off` takes the fused kernel wherever
+            one serves. `SKINK_BREAK_EVEN`.
+        cache: folder for what was measured on this machine. `SKINK_CACHE`, default the user's own: see `cache_folder`.
     """
 
     verify: int = 2
@@ -32,6 +36,8 @@ class Settings:
     trace_match: str = ""
     instruction_set: str = ""
     kernels: str = "auto"
+    break_even: str = "measure"
+    cache: Path | None = None
 
 
 @lru_cache(maxsize=1)
@@ -42,6 +48,7 @@ def settings() -> Settings:
         OptionError: OPTION-002 where a variable has a value that it cannot have.
     """
     dump = os.environ.get("SKINK_DUMP", "")
+    cache = os.environ.get("SKINK_CACHE", "")
     return Settings(
         verify=int(_choice("SKINK_VERIFY", "2", ("0", "1", "2", "3"))),
         dump=Path(dump) if dump else None,
@@ -50,7 +57,21 @@ def settings() -> Settings:
         # Which sets there are, the compiled library knows.
         instruction_set=os.environ.get("SKINK_INSTRUCTION_SET", ""),
         kernels=_choice("SKINK_KERNELS", "auto", ("auto", "reference")),
+        break_even=_choice("SKINK_BREAK_EVEN", "measure", ("measure", "off")),
+        cache=Path(cache) if cache else None,
     )
+
+
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept: `SKINK_CACHE`, or `skink` in the user's folder of caches."""
+    chosen = settings().cache
+    if chosen is not None:
+        return chosen
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "skink"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "skink"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skink"
 
 
 def _choice(variable: str, default: str, valid: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 import skink
 from skink.errors import OptionError
-from skink.settings import Settings, settings
+from skink.settings import Settings, cache_folder, settings
 
 PACKAGE = Path(skink.__file__).parent
 VARIABLES = (
@@ -17,6 +17,8 @@ VARIABLES = (
     "SKINK_TRACE_MATCH",
     "SKINK_INSTRUCTION_SET",
     "SKINK_KERNELS",
+    "SKINK_BREAK_EVEN",
+    "SKINK_CACHE",
 )
 
 
@@ -48,6 +50,7 @@ def test_empty_variables_are_unset(set_environment: Callable[..., None]) -> None
         ("SKINK_VERIFY", "yes", "valid: 0, 1, 2, 3."),
         ("SKINK_REWRITE_LIMIT", "-1", "give digits."),
         ("SKINK_REWRITE_LIMIT", "ten", "give digits."),
+        ("SKINK_BREAK_EVEN", "on", "valid: measure, off."),
         ("SKINK_KERNELS", "referense", "did you mean 'reference'? valid: auto, reference."),
     ],
 )
@@ -73,3 +76,19 @@ def test_the_environment_is_read_nowhere_else() -> None:
 def test_no_limit_and_a_limit_of_nothing_differ(set_environment: Callable[..., None]) -> None:
     set_environment(SKINK_REWRITE_LIMIT="0")
     assert settings().rewrite_limit == 0
+
+
+def test_where_measured_times_are_kept(
+    monkeypatch: pytest.MonkeyPatch, set_environment: Callable[..., None], tmp_path: Path
+) -> None:
+    set_environment(SKINK_CACHE=str(tmp_path))
+    assert cache_folder() == tmp_path
+    set_environment(SKINK_CACHE="", XDG_CACHE_HOME=str(tmp_path), LOCALAPPDATA=str(tmp_path))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for system, folder in (
+        ("linux", tmp_path / "skink"),
+        ("win32", tmp_path / "skink"),
+        ("darwin", tmp_path / "home" / "Library" / "Caches" / "skink"),
+    ):
+        monkeypatch.setattr("sys.platform", system)
+        assert cache_folder() == folder

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skink.kernels import ATTENTION, EXPERTS, OPS, RMS_NORM, ROTARY, OpCall, OpDef, find_op
+from skink.kernels import ATTENTION, EXPERTS, LOW_RANK_LINEAR, OPS, RMS_NORM, ROTARY, OpCall, OpDef, find_op
 from skink.kernels.cpp.library import Library
 from skink.kernels.opdef import cpp_variant, nbytes
 
@@ -23,6 +23,11 @@ def arguments(op: OpDef, dtype: torch.dtype = torch.float32) -> tuple[tuple[Any,
     mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
     return {
         "rms_norm": ((random(2, 3, 6), random(6), 1e-5, 1.0), {}),
+        "low_rank_linear": ((random(2, 3, 6), random(2, 6), random(5, 2), random(5)), {}),
+        "pivoted_linear": (
+            (random(2, 3, 6), random(2, 6), random(5, 2), random(2), random(5), torch.tensor([6, 0, 3, 1, 2, 5, 4])),
+            {},
+        ),
         "rotary": ((random(2, 2, 3, 6), random(2, 3, 4), random(2, 3, 4)), {}),
         "attention": (
             (random(2, 4, 3, 6), random(2, 2, 5, 6), random(2, 2, 5, 4), mask),
@@ -152,6 +157,7 @@ def test_bytes() -> None:
     ("op_", "macs", "size"),
     [
         (RMS_NORM, 2 * 36, 4 * (36 + 36 + 6)),
+        (LOW_RANK_LINEAR, 6 * 2 * (6 + 5), 4 * (36 + 12 + 10 + 5 + 30)),
         (ROTARY, 2 * 2 * 2 * 3 * 4, 4 * (72 + 72 + 2 * 24)),
         # 2 sequences, 4 heads, 3 queries against 5 keys; 6 features in and 4 out.
         (ATTENTION, 2 * 4 * 3 * 5 * (6 + 4), 4 * (2 * 4 * 3 * 6 + 2 * 2 * 5 * 6 + 2 * 2 * 5 * 4 + 2 * 4 * 3 * 4)),

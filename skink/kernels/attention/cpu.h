@@ -11,75 +11,13 @@
 #pragma once
 
 #include "skink/kernels/cpp/parallel.h"
+#include "skink/kernels/cpp/products.h"
 
 namespace skink::SKINK_ISA {
 
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kBlock = 128;  // keys at a time: their scores and values stay in the nearer caches
 constexpr float kNone = -__builtin_inff();
-
-// Calls body(d, vector) for the vectors of a row; in float32 the same row lies in scratch memory in this order.
-template <typename T, typename Body>
-inline void for_each_vector(const T* p, int64_t width, const Body& body) {
-    int64_t d = 0;
-    for (; d + kStep<T> * kLanes <= width; d += kStep<T> * kLanes) {
-        Vec x[kStep<T>];
-        load_step(p + d, x);
-        for (int s = 0; s < kStep<T>; ++s) body(d + s * kLanes, x[s]);
-    }
-    for (; d < width; d += kLanes) body(d, load_some(p + d, width - d));
-}
-
-// Products of `Rows` queries with `n` keys: scores[r * kBlock + j]. Queries are padded with zeros to whole vectors.
-// What lies `ahead` elements further is fetched meanwhile, since the next keys follow only after the values of these:
-// the processor's own prefetching does not see across that.
-//
-// kLanes sums run at once, one for each pair of a row and a key; a last step turns them into a vector of scores.
-template <typename T, int Rows>
-inline void score_rows(const float* query, int64_t query_stride, const T* key, int64_t key_stride, int64_t width,
-                       int64_t n, int64_t ahead, float* scores) {
-    constexpr int Keys = kLanes / Rows;
-    int64_t j = 0;
-    while (j < n && n >= Keys) {
-        j = min(j, n - Keys);  // the last step may repeat some keys of the step before
-        Vec sums[kLanes] = {};
-        int64_t d = 0;
-        const T* k = key + j * key_stride;
-        for (; d + kStep<T> * kLanes <= width; d += kStep<T> * kLanes) {
-#pragma GCC unroll 16
-            for (int i = 0; i < Keys; ++i) {
-                Vec x[kStep<T>];
-                load_step(k + i * key_stride + d, x);
-                if (d % (64 / sizeof(T)) == 0) __builtin_prefetch(k + i * key_stride + d + ahead, 0, 2);
-#pragma GCC unroll 16
-                for (int s = 0; s < kStep<T>; ++s)
-#pragma GCC unroll 16
-                    for (int r = 0; r < Rows; ++r)
-                        sums[r * Keys + i] += load(query + r * query_stride + d + s * kLanes) * x[s];
-            }
-        }
-        for (; d < width; d += kLanes) {
-#pragma GCC unroll 16
-            for (int i = 0; i < Keys; ++i) {
-                const Vec x = load_some(k + i * key_stride + d, width - d);
-#pragma GCC unroll 16
-                for (int r = 0; r < Rows; ++r) sums[r * Keys + i] += load(query + r * query_stride + d) * x;
-            }
-        }
-        float products[kLanes];
-        store(products, sum_each(sums));
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) memcpy(scores + r * kBlock + j, products + r * Keys, Keys * sizeof(float));
-        j += Keys;
-    }
-    for (; j < n; ++j) {
-        Vec sums[Rows] = {};
-        for_each_vector(key + j * key_stride, width, [&](int64_t d, Vec x) {
-            for (int r = 0; r < Rows; ++r) sums[r] += load(query + r * query_stride + d) * x;
-        });
-        for (int r = 0; r < Rows; ++r) scores[r * kBlock + j] = sum(sums[r]);
-    }
-}
 
 // total[r] = total[r] * keep[r] + sum over j of weights[r * kBlock + j] * value[j], on `Columns` vectors of the values'
 // width: whole steps, or where there is one column the last `left` elements.
@@ -291,13 +229,13 @@ private:
         int64_t ahead = last ? 0 : kBlock * p.key_token;
         int64_t r = 0;
         for (; r + 4 <= count; r += 4, ahead = 0)
-            score_rows<T, 4>(query + r * width, width, k, p.key_token, p.width, n, ahead, block(r));
+            products<T, 4>(query + r * width, width, k, p.key_token, p.width, n, ahead, block(r), kBlock);
         if (count - r >= 2) {
-            score_rows<T, 2>(query + r * width, width, k, p.key_token, p.width, n, ahead, block(r));
+            products<T, 2>(query + r * width, width, k, p.key_token, p.width, n, ahead, block(r), kBlock);
             r += 2;
             ahead = 0;
         }
-        if (r < count) score_rows<T, 1>(query + r * width, width, k, p.key_token, p.width, n, ahead, block(r));
+        if (r < count) products<T, 1>(query + r * width, width, k, p.key_token, p.width, n, ahead, block(r), kBlock);
     }
 
     void add_block(int64_t at, int64_t n, bool last, AttentionState state) {

@@ -126,6 +126,8 @@ def _register_fakes() -> None:
     torch.library.register_fake("skink_cpp::rms_norm", _fake_rms_norm)
     torch.library.register_fake("skink_cpp::rotary", _fake_rotary)
     torch.library.register_fake("skink_cpp::attention", _fake_attention)
+    torch.library.register_fake("skink_cpp::low_rank_linear", _fake_low_rank_linear)
+    torch.library.register_fake("skink_cpp::pivoted_linear", _fake_pivoted_linear)
 
 
 def _fake_rms_norm(input: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -150,3 +152,19 @@ def _fake_attention(
     alibi: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+def _fake_low_rank_linear(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], up.shape[0]))
+
+
+def _fake_pivoted_linear(
+    input: Tensor,
+    kept: Tensor,
+    rest: Tensor,
+    kept_bias: Tensor | None = None,
+    rest_bias: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    outputs = kept.shape[0] + rest.shape[0] if order is None else order.shape[0]
+    return input.new_empty((*input.shape[:-1], outputs))

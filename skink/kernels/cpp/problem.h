@@ -62,6 +62,32 @@ struct Attention {
     float scale, softcap;
 };
 
+// (input . down^T) . up^T + bias; output is contiguous.
+struct LowRankLinear {
+    Dtype dtype;
+    const void* input;  // [tokens, width]
+    const void* down;   // [rank, width]
+    const void* up;     // [outputs, rank]
+    const void* bias;   // [outputs], or null
+    void* output;       // [tokens, outputs]
+    int64_t tokens, width, rank, outputs;
+    int64_t input_stride, down_stride, up_stride;  // elements between rows
+};
+
+// (z, z . rest^T + rest_bias) with z = input . kept^T + kept_bias, or that in another order; output is contiguous.
+struct PivotedLinear {
+    Dtype dtype;
+    const void* input;      // [tokens, width]
+    const void* kept;       // [rank, width]
+    const void* rest;       // [others, rank]
+    const void* kept_bias;  // [rank], or null
+    const void* rest_bias;  // [others], or null
+    const int64_t* order;   // [outputs], each below rank + others; or null, and outputs = rank + others
+    void* output;           // [tokens, outputs]
+    int64_t tokens, width, rank, others, outputs;
+    int64_t input_stride, kept_stride, rest_stride;  // elements between rows
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     void (*rms_norm)(const RmsNorm&, const Pool&);
@@ -69,6 +95,11 @@ struct Kernels {
     // `scratch` holds attention_scratch(problem, pool) bytes, aligned to 64.
     void (*attention)(const Attention&, const Pool&, void* scratch);
     size_t (*attention_scratch)(const Attention&, const Pool&);
+    // Likewise with low_rank_linear_scratch.
+    void (*low_rank_linear)(const LowRankLinear&, const Pool&, void* scratch);
+    size_t (*low_rank_linear_scratch)(const LowRankLinear&, const Pool&);
+    void (*pivoted_linear)(const PivotedLinear&, const Pool&, void* scratch);
+    size_t (*pivoted_linear_scratch)(const PivotedLinear&, const Pool&);
 };
 
 }  // namespace skink

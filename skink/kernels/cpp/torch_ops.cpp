@@ -13,6 +13,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "isa.h"
 
@@ -154,6 +155,20 @@ Tensor rotary(Tensor input, Tensor cosine, Tensor sine, bool interleaved) {
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
+using Scratch = std::unique_ptr<void, Free>;
+
+// Whole cache lines, and never none.
+Scratch new_scratch(size_t bytes) {
+    Scratch scratch(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
+    if (scratch == nullptr) throw std::bad_alloc();
+    return scratch;
+}
+
+// The input of a layer as rows, copied only where they are not a constant distance apart.
+Tensor as_rows(const Tensor& input) {
+    const bool matrix = input.dim() == 2 && (input.size(1) <= 1 || input.stride(1) == 1);
+    return matrix || input.is_contiguous() ? input : torch::stable::contiguous(input);
+}
 
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> key_mask, bool causal, double scale,
                  int64_t window, double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi) {
@@ -232,10 +247,114 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> k
     problem.softcap = static_cast<float>(softcap);
     const skink::Kernels& kernels = skink::kernels();
     const skink::Pool threads = pool();
-    const size_t bytes = (kernels.attention_scratch(problem, threads) + 63) / 64 * 64;
-    const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
-    if (scratch == nullptr) throw std::bad_alloc();
+    const Scratch scratch = new_scratch(kernels.attention_scratch(problem, threads));
     kernels.attention(problem, threads, scratch.get());
+    return output;
+}
+
+Tensor low_rank_linear(Tensor input, Tensor down, Tensor up, std::optional<Tensor> bias) {
+    skink::LowRankLinear problem{};
+    problem.dtype = dtype_of(input, "low_rank_linear");
+    require_same(input, down, "low_rank_linear", "down");
+    require_same(input, up, "low_rank_linear", "up");
+    require(input.dim() >= 1, "low_rank_linear: input must have at least one dimension");
+    const int64_t width = input.size(input.dim() - 1);
+    require(down.dim() == 2 && up.dim() == 2 && down.size(1) == width && up.size(1) == down.size(0),
+            "low_rank_linear: down must be [R, ", width, "] and up [O, R] for input ", Shape{input}, ", got ",
+            Shape{down}, " and ", Shape{up});
+    const int64_t outputs = up.size(0);
+    if (bias) {
+        require_same(input, *bias, "low_rank_linear", "bias");
+        require(bias->dim() == 1 && bias->size(0) == outputs, "low_rank_linear: bias must be [", outputs, "], got ",
+                Shape{*bias});
+        bias = torch::stable::contiguous(*bias);
+        problem.bias = bias->const_data_ptr();
+    }
+    const Tensor rows = as_rows(input);
+    down = with_dense_rows(down);
+    up = with_dense_rows(up);
+    std::vector<int64_t> shape(input.dim(), outputs);
+    problem.tokens = 1;
+    for (int64_t i = 0; i + 1 < input.dim(); ++i) problem.tokens *= shape[i] = input.size(i);
+    Tensor output = torch::stable::new_empty(input, {shape.data(), shape.size()});
+    if (output.numel() == 0) return output;
+    problem.input = rows.const_data_ptr();
+    problem.down = down.const_data_ptr();
+    problem.up = up.const_data_ptr();
+    problem.output = output.mutable_data_ptr();
+    problem.width = width;
+    problem.rank = down.size(0);
+    problem.outputs = outputs;
+    problem.input_stride = rows.dim() == 2 ? rows.stride(0) : width;
+    problem.down_stride = down.stride(0);
+    problem.up_stride = up.stride(0);
+    const skink::Kernels& kernels = skink::kernels();
+    const skink::Pool threads = pool();
+    const Scratch scratch = new_scratch(kernels.low_rank_linear_scratch(problem, threads));
+    kernels.low_rank_linear(problem, threads, scratch.get());
+    return output;
+}
+
+Tensor pivoted_linear(Tensor input, Tensor kept, Tensor rest, std::optional<Tensor> kept_bias,
+                      std::optional<Tensor> rest_bias, std::optional<Tensor> order) {
+    skink::PivotedLinear problem{};
+    problem.dtype = dtype_of(input, "pivoted_linear");
+    require_same(input, kept, "pivoted_linear", "kept");
+    require_same(input, rest, "pivoted_linear", "rest");
+    require(input.dim() >= 1, "pivoted_linear: input must have at least one dimension");
+    const int64_t width = input.size(input.dim() - 1);
+    require(kept.dim() == 2 && rest.dim() == 2 && kept.size(1) == width && rest.size(1) == kept.size(0),
+            "pivoted_linear: kept must be [R, ", width, "] and rest [S, R] for input ", Shape{input}, ", got ",
+            Shape{kept}, " and ", Shape{rest});
+    const int64_t rank = kept.size(0), others = rest.size(0);
+    const auto as_bias = [&](std::optional<Tensor>& bias, int64_t size, const char* name) -> const void* {
+        if (!bias) return nullptr;
+        require_same(input, *bias, "pivoted_linear", name);
+        require(bias->dim() == 1 && bias->size(0) == size, "pivoted_linear: ", name, " must be [", size, "], got ",
+                Shape{*bias});
+        bias = torch::stable::contiguous(*bias);
+        return bias->const_data_ptr();
+    };
+    problem.kept_bias = as_bias(kept_bias, rank, "kept_bias");
+    problem.rest_bias = as_bias(rest_bias, others, "rest_bias");
+    int64_t outputs = rank + others;
+    if (order) {
+        require(order->is_cpu() && order->scalar_type() == ScalarType::Long && order->dim() == 1,
+                "pivoted_linear: order must be int64[N] on the cpu, got ",
+                torch::headeronly::toString(order->scalar_type()), Shape{*order});
+        order = torch::stable::contiguous(*order);
+        problem.order = static_cast<const int64_t*>(order->const_data_ptr());
+        uint64_t outside = 0;  // its highest bit is set once a number is negative or too large
+        for (int64_t i = 0; i < order->size(0); ++i) {
+            const auto place = static_cast<uint64_t>(problem.order[i]);
+            outside |= place | (static_cast<uint64_t>(outputs - 1) - place);
+        }
+        require(outside >> 63 == 0, "pivoted_linear: order must hold numbers from 0 to ", outputs - 1);
+        outputs = order->size(0);
+    }
+    const Tensor rows = as_rows(input);
+    kept = with_dense_rows(kept);
+    rest = with_dense_rows(rest);
+    std::vector<int64_t> shape(input.dim(), outputs);
+    problem.tokens = 1;
+    for (int64_t i = 0; i + 1 < input.dim(); ++i) problem.tokens *= shape[i] = input.size(i);
+    Tensor output = torch::stable::new_empty(input, {shape.data(), shape.size()});
+    if (output.numel() == 0) return output;
+    problem.input = rows.const_data_ptr();
+    problem.kept = kept.const_data_ptr();
+    problem.rest = rest.const_data_ptr();
+    problem.output = output.mutable_data_ptr();
+    problem.width = width;
+    problem.rank = rank;
+    problem.others = others;
+    problem.outputs = outputs;
+    problem.input_stride = rows.dim() == 2 ? rows.stride(0) : width;
+    problem.kept_stride = kept.stride(0);
+    problem.rest_stride = rest.stride(0);
+    const skink::Kernels& kernels = skink::kernels();
+    const skink::Pool threads = pool();
+    const Scratch scratch = new_scratch(kernels.pivoted_linear_scratch(problem, threads));
+    kernels.pivoted_linear(problem, threads, scratch.get());
     return output;
 }
 
@@ -247,10 +366,16 @@ STABLE_TORCH_LIBRARY(skink_cpp, m) {
     m.def(
         "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, *, bool causal=True, float scale, "
         "int window=0, float softcap=0.0, Tensor? sinks=None, Tensor? alibi=None) -> Tensor");
+    m.def("low_rank_linear(Tensor input, Tensor down, Tensor up, Tensor? bias=None) -> Tensor");
+    m.def(
+        "pivoted_linear(Tensor input, Tensor kept, Tensor rest, Tensor? kept_bias=None, Tensor? rest_bias=None, "
+        "Tensor? order=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skink_cpp, CPU, m) {
     m.impl("rms_norm", TORCH_BOX(&rms_norm));
     m.impl("rotary", TORCH_BOX(&rotary));
     m.impl("attention", TORCH_BOX(&attention));
+    m.impl("low_rank_linear", TORCH_BOX(&low_rank_linear));
+    m.impl("pivoted_linear", TORCH_BOX(&pivoted_linear));
 }
