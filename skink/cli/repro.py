@@ -60,7 +60,13 @@ def repro(
         pipeline, program = from_failing_pass(found, pipeline), found.before
     with PhaseProgress(session) as progress, folder_at_fault(folder):
         done = pipeline.attempt(
-            program, calibration=at.calibration, seed=at.seed, verify=at.verify, limit=at.limit, progress=progress
+            program,
+            calibration=at.calibration,
+            padding=at.padding,
+            seed=at.seed,
+            verify=at.verify,
+            limit=at.limit,
+            progress=progress,
         )
     same = found.failure.same(done.failure)
     _say(session, found, done, same=same, local=local)

@@ -48,6 +48,7 @@ class _Kept:
     program: Program
     edits: int
     calibration: Any
+    padding: Any
 
 
 class Analyses:
@@ -61,7 +62,7 @@ class Analyses:
         kept = self._kept.get(analysis)
         if kept is None or not _holds(kept, analysis, program, context):
             value = analysis.compute(program, context)
-            kept = _Kept(value, program, len(program.edits), context.calibration)
+            kept = _Kept(value, program, len(program.edits), context.calibration, context.padding)
             self._kept[analysis] = kept
         answer: T = kept.value
         return answer
@@ -82,7 +83,9 @@ class Analyses:
 
 
 def _holds(kept: _Kept, analysis: Analysis[Any], program: Program, context: "Context") -> bool:
-    if "calibration" in analysis.rests_on and kept.calibration is not context.calibration:
+    if "calibration" in analysis.rests_on and (
+        kept.calibration is not context.calibration or kept.padding is not context.padding
+    ):
         return False
     return kept.program is program and kept.edits == len(program.edits)
 
@@ -146,7 +149,9 @@ class Covariances(Analysis["dict[str, Covariance]"]):
             )
         found = (linear_weight(program, node) for node in program.graph.nodes)
         names = self.names or tuple(dict.fromkeys(name for name in found if name is not None))
-        return input_covariances(program, context.calibration, names, progress=context.progress)
+        return input_covariances(
+            program, context.calibration, names, progress=context.progress, padding=context.padding
+        )
 
 
 @dataclass(frozen=True)

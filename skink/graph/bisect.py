@@ -87,6 +87,7 @@ def bisect(
     error_above: float | None = None,
     failure: Failure | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    padding: Tensor | None = None,
 ) -> BisectResult:
     """The first edit that makes a pipeline fail.
 
@@ -100,6 +101,7 @@ def bisect(
             makes a pass or its verification fail.
         failure: look for a failure like this; otherwise for the one that the whole pipeline has.
         progress: called with the number of runs done, and about how many there will be.
+        padding: which tokens of the windows are text (1) and which padding (0), int64[N, T]; None: all are text.
 
     Raises:
         BisectError: BISECT-001 where the check fails without any edit, or passes with all of them.
@@ -109,7 +111,7 @@ def bisect(
     """
     if error_above is not None:
         check_range("error_above", error_above, low=0.0, high=math.inf)
-    search = _Search(program, pipeline, calibration, seed, verify, error_above)
+    search = _Search(program, pipeline, calibration, padding, seed, verify, error_above)
     whole = search.run(None)
     wanted = failure if failure is not None and error_above is None else whole.failure
     if wanted is None or not _alike(wanted, whole.failure):
@@ -200,12 +202,14 @@ class _Search:
         program: Program,
         pipeline: Pipeline,
         calibration: Tensor | None,
+        padding: Tensor | None,
         seed: int,
         verify: int,
         error_above: float | None,
     ) -> None:
         refresh(program)
-        self._program, self._pipeline, self._calibration, self._seed = program, pipeline, calibration, seed
+        self._program, self._pipeline, self._seed = program, pipeline, seed
+        self._calibration, self._padding = calibration, padding
         # The error is computed here, once for each run: not after each edit, and where it is what is looked for not
         # after each pass either.
         self._verify = min(verify, 2 if error_above is None else 1)
@@ -223,6 +227,7 @@ class _Search:
         done = self._pipeline.attempt(
             copy,
             calibration=self._calibration,
+            padding=self._padding,
             seed=self._seed,
             verify=self._verify,
             limit=None if limit is None else self.first + limit,

@@ -43,7 +43,7 @@ class Subject:
         model: the caller's own module, whose tensors the graph will hold.
         cast: the dtype that trained weights have while exporting. Where it is not the model's own, every cast to it in
             the graph is read as "cast to whatever the weights are", so that the program runs in any dtype.
-        output: the name of what forward returns; "" for `output_0` and so on.
+        outputs: names of what forward returns, in order; none for `output_0` and so on.
         positional: forward takes any number of inputs, without names.
     """
 
@@ -52,7 +52,7 @@ class Subject:
     prefix: str
     model: nn.Module
     cast: torch.dtype | None = None
-    output: str = ""
+    outputs: tuple[str, ...] = ()
     positional: bool = False
 
 
@@ -68,7 +68,8 @@ def capture(
     Args:
         model: a Hugging Face decoder or encoder (then nothing else is needed: inputs are those of `input_ids`,
             `attention_mask`, and a decoder's `position_ids` or an encoder's `token_type_ids` that it takes, all
-            int64[B, T]; the output is `logits`, or `last_hidden_state` of a model without a head), or any module whose
+            int64[B, T]; the outputs are `logits`, `start_logits` and `end_logits` of a question-answering head, or
+            of a model without a head `last_hidden_state` and the `pooler_output` that it has), or any module whose
             forward takes tensors, a `fx.GraphModule` among them, or an `ExportedProgram` (then no example inputs are
             needed; for a graph from dynamo see `program_from_dynamo`).
         example_inputs: for other modules, tensors of the shapes and dtypes that forward takes; values are not used.

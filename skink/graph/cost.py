@@ -8,6 +8,8 @@ import sympy
 import torch
 from torch import fx
 
+from skink.graph.output_heads import head_weights
+from skink.graph.passes import linear_weight
 from skink.graph.program import Program
 from skink.graph.propagate import shape_context
 from skink.kernels import EXPERTS, find_op
@@ -23,10 +25,12 @@ class ProgramCost:
 
     Args:
         parameters: trained weights, tied ones once.
-        linear_parameters: those read by linear layers, without the embedding that a head may be tied to.
+        linear_parameters: those of the weights of linear layers, the output head aside.
         bytes: of the trained weights.
         macs_per_token: multiply-accumulates of products, attention and chosen experts to generate one token.
         context: how many tokens of context that token attends to.
+        linear_bytes: of the weights in `linear_parameters`.
+        linear_macs_per_token: of the products with them.
     """
 
     parameters: int
@@ -34,29 +38,41 @@ class ProgramCost:
     bytes: int
     macs_per_token: int
     context: int
+    linear_bytes: int
+    linear_macs_per_token: int
 
 
 def program_cost(program: Program, *, context: int = 512) -> ProgramCost:
     """The cost of a program; works on meta weights too."""
     shape_context(program)  # every node has its value from here on
     trained = [(name, tensor) for name, tensor in program.weights() if name not in program.buffers]
-    linear = {
-        node.args[1].target
-        for node in program.graph.nodes
-        if node.target is aten.linear.default and node.args[1].op == "get_attr"
-    }
-    embedded = {
-        node.args[0].target
-        for node in program.graph.nodes
-        if node.target is aten.embedding.default and node.args[0].op == "get_attr"
-    }
+    weights = linear_weights(program)
+    linear = [tensor for name, tensor in trained if name in weights]
     return ProgramCost(
         parameters=sum(tensor.numel() for _, tensor in trained),
-        linear_parameters=sum(tensor.numel() for name, tensor in trained if name in linear - embedded),
+        linear_parameters=sum(tensor.numel() for tensor in linear),
         bytes=sum(tensor.numel() * tensor.element_size() for _, tensor in trained),
         macs_per_token=sum(_macs(node, context) for node in program.graph.nodes),
         context=context,
+        linear_bytes=sum(tensor.numel() * tensor.element_size() for tensor in linear),
+        linear_macs_per_token=sum(
+            _macs(node, context) for node in program.graph.nodes if linear_weight(program, node) in weights
+        ),
     )
+
+
+def linear_weights(program: Program) -> frozenset[str]:
+    """Names of the weights of linear layers, without the output head's and without a table of embeddings.
+
+    They are what a budget is about, and what reports call the linear layers.
+    """
+    read = {linear_weight(program, node) for node in program.graph.nodes} - {None}
+    tables = {
+        node.args[0].target
+        for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        if node.args[0].op == "get_attr"
+    }
+    return frozenset(str(name) for name in read) - tables - head_weights(program)
 
 
 def _macs(node: fx.Node, context: int) -> int:

@@ -7,6 +7,7 @@ tree at every call, so that a layer which PEFT or a user swaps for another is th
 
 import linecache
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,6 +55,13 @@ def bind(program: Program) -> Callable[..., Any]:
         if layer is not None:
             data = node.args[1] if node.target is aten.embedding.default else node.args[0]
             values[node] = graph.call_module(layer, (values[data],))
+        elif "layers" in node.meta:
+            pair = [graph.get_attr(path) for path in node.meta["layers"]]
+            values[node] = graph.call_function(pair_of_layers(node.target), (*pair, values[node.args[0]]))
+        elif "pivoted_layers" in node.meta:
+            pair = [graph.get_attr(path) for path in node.meta["pivoted_layers"]]
+            order = fx.map_arg(node.args[5] if len(node.args) > 5 else None, values.__getitem__)
+            values[node] = graph.call_function(pivoted_layers(node.target), (*pair, values[node.args[0]], order))
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], values.__getitem__))
         else:
@@ -67,6 +75,39 @@ def bind(program: Program) -> Callable[..., Any]:
     exec(compile(code.src, name, "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
     return function
+
+
+@cache
+def pair_of_layers(kernel: Callable[..., Tensor]) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
+    """`(down, up, input) -> up(down(input))` by `kernel(input, *weights)`, while nobody has changed the two layers."""
+
+    def run_pair(down: nn.Module, up: nn.Module, input: Tensor) -> Tensor:
+        if _is_plain(down) and _is_plain(up):
+            return kernel(input, down.weight, up.weight, up.bias)
+        result: Tensor = up(down(input))
+        return result
+
+    return run_pair
+
+
+@cache
+def pivoted_layers(kernel: Callable[..., Tensor]) -> Callable[[nn.Module, nn.Module, Tensor, Tensor | None], Tensor]:
+    """As `pair_of_layers` for `(kept, rest, input, order) -> [z, rest(z)][order]`, z = kept(input)."""
+
+    def run_pivoted(kept: nn.Module, rest: nn.Module, input: Tensor, order: Tensor | None) -> Tensor:
+        if _is_plain(kept) and _is_plain(rest):
+            return kernel(input, kept.weight, rest.weight, kept.bias, rest.bias, order)
+        z = kept(input)
+        both = torch.cat([z, rest(z)], -1)
+        return both if order is None else both.index_select(-1, order)
+
+    return run_pivoted
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one that nobody has wrapped, hooked or overridden."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    return type(layer) is nn.Linear and not hooked
 
 
 def linear_owner(program: Program, node: fx.Node) -> str | None:

@@ -33,13 +33,15 @@ class _Forward(nn.Module):
     Args:
         model: any Hugging Face model.
         names: the inputs that its forward takes, in order.
-        output: which of its outputs is wanted.
+        outputs: which of its outputs are wanted.
         plain: keep transformers' own attention, with its masks as tensors.
     """
 
-    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], output: str, *, plain: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, names: tuple[str, ...], outputs: tuple[str, ...], *, plain: bool
+    ) -> None:
         super().__init__()
-        self.model, self.names, self.output, self.plain = model, names, output, plain
+        self.model, self.names, self.outputs, self.plain = model, names, outputs, plain
 
     def forward(
         self,
@@ -47,7 +49,7 @@ class _Forward(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         given = (input_ids, attention_mask, position_ids, token_type_ids)
         arguments: dict[str, Any] = {name: value for name, value in zip(_INPUTS, given) if name in self.names}
         if self.model.config.model_type == "mpt":
@@ -55,12 +57,12 @@ class _Forward(nn.Module):
             object.__setattr__(self.model.config, "max_seq_len", input_ids.shape[1])
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments["use_cache"] = False
-        result: Tensor = getattr(self.model(**arguments), self.output)
-        return result
+        result = self.model(**arguments)
+        return tuple(getattr(result, name) for name in self.outputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
         # The copy alone is told to use our attention, so that the caller's model keeps its own.
-        clone = _Forward(copy.deepcopy(self.model, memo), self.names, self.output, plain=self.plain)
+        clone = _Forward(copy.deepcopy(self.model, memo), self.names, self.outputs, plain=self.plain)
         model = clone.model
         _set_attention(model, plain=self.plain)
         _count_positions(self.model, model)
@@ -178,9 +180,18 @@ def _subject(model: nn.Module, *, plain: bool, cast: torch.dtype | None = _EXPOR
     names = tuple(name for name in wanted if name in taken)
     headless = model.base_model is model and not model.can_generate()
     inputs = tuple(Input(name, torch.int64, ("B", "T")) for name in names)
-    output = "last_hidden_state" if headless else "logits"
-    module = _Forward(model, names, output, plain=plain)
-    return Subject(module, inputs, prefix="model.", model=model, cast=cast, output=output)
+    outputs = _outputs(model, headless=headless)
+    module = _Forward(model, names, outputs, plain=plain)
+    return Subject(module, inputs, prefix="model.", model=model, cast=cast, outputs=outputs)
+
+
+def _outputs(model: PreTrainedModel, *, headless: bool) -> tuple[str, ...]:
+    """Names of what a model returns, in the order of its own results."""
+    if not headless:
+        # Every class that finds answers in a text calls its last layer so.
+        return ("start_logits", "end_logits") if hasattr(model, "qa_outputs") else ("logits",)
+    pooled = isinstance(getattr(model, "pooler", None), nn.Module)
+    return ("last_hidden_state", "pooler_output") if pooled else ("last_hidden_state",)
 
 
 def _parameters(model: PreTrainedModel) -> set[str]:

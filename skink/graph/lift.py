@@ -79,7 +79,7 @@ def lift(exported: ExportedProgram, subject: "Subject") -> Program:
     _check_names(node.target for node in graph.nodes if node.op == "get_attr")
     graph.eliminate_dead_code()
     module = fx.GraphModule(root, graph)
-    names = (subject.output,) if subject.output else tuple(f"output_{index}" for index in range(len(kept)))
+    names = subject.outputs or tuple(f"output_{index}" for index in range(len(kept)))
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     program = Program(
         graph_module=module,

@@ -48,12 +48,14 @@ class Context:
         seed: for anything random.
         progress: to be called now and then by passes that take long.
         analyses: answers that passes before this one were given and that hold still.
+        padding: which tokens of the windows are text (1) and which padding (0), int64[N, T]; None: all are text.
     """
 
     calibration: Tensor | None = None
     seed: int = 0
     progress: Progress = _silent
     analyses: Analyses = field(default_factory=Analyses)
+    padding: Tensor | None = None
 
     def analysis(self, analysis: Analysis[T], program: Program) -> T:
         """The answer to a question about `program` as it is now: `context.analysis(Cost(), program)`."""
@@ -65,7 +67,8 @@ class LayerRecord:
     """What a pass did, or refused to do, to one weight: a row of the report.
 
     Errors are relative: predicted_error of the layer's output on calibration data, weight_error of the weight
-    (Frobenius), baseline_error of the output with the simplest method at the same rank.
+    (Frobenius), baseline_error of the output with the simplest method at the same rank. predicted_loss is what the edit
+    should add to the loss of the whole model, in nats per token.
     """
 
     name: str
@@ -79,6 +82,7 @@ class LayerRecord:
     weight_error: float | None = None
     baseline_error: float | None = None
     reason: str = ""
+    predicted_loss: float | None = None
 
 
 @dataclass(frozen=True)

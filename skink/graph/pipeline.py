@@ -94,6 +94,7 @@ class Pipeline:
         seed: int = 0,
         verify: int | None = None,
         progress: Progress = _silent,
+        padding: Tensor | None = None,
     ) -> PipelineResult:
         """Run every pass on `program`, in place; a failure that is a pass's fault leaves a reproducer.
 
@@ -103,6 +104,7 @@ class Pipeline:
             seed: for random inputs of verification, and for passes.
             verify: 0, 1, 2 or 3; `SKINK_VERIFY` by default.
             progress: called with a pass's name and how much of its work is done.
+            padding: which tokens of the windows are text (1) and which padding (0), int64[N, T]; None: all are text.
 
         Raises:
             RecipeError: RECIPE-003 where the program has not reached the stage that the pipeline starts from.
@@ -113,7 +115,14 @@ class Pipeline:
         limit, dump = settings().rewrite_limit, settings().dump
         edits = len(program.edits)
         done = self.attempt(
-            program, calibration=calibration, seed=seed, verify=level, limit=limit, dump=dump, progress=progress
+            program,
+            calibration=calibration,
+            seed=seed,
+            verify=level,
+            limit=limit,
+            dump=dump,
+            progress=progress,
+            padding=padding,
         )
         # Whoever cut a program short by an earlier pipeline was told then.
         if limit is not None and self.passes and len(program.edits) >= limit and (edits < limit or limit == 0):
@@ -130,7 +139,7 @@ class Pipeline:
             done.error.add_note(f"in pass {self.passes[done.index]}, on this program:\n{program_text(program)}")
         if not isinstance(done.error, SkinkError) or done.error.code.startswith(_DEFECTS):
             packages = tuple(dict.fromkeys(package_of(type(entry).__module__) for entry in self.passes))
-            at = Circumstances(str(self), packages, self.start, done.index, seed, level, limit, calibration)
+            at = Circumstances(str(self), packages, self.start, done.index, seed, level, limit, calibration, padding)
             _leave_reproducer(dump, done, at)
         raise done.error
 
@@ -145,6 +154,7 @@ class Pipeline:
         through: int = -1,
         dump: Path | None = None,
         progress: Progress = _silent,
+        padding: Tensor | None = None,
     ) -> Attempt:
         """As `run`, but a failure in a pass or its verification is returned and leaves nothing behind.
 
@@ -158,6 +168,7 @@ class Pipeline:
             through: the place of a pass up to which all passes run, though the limit is reached.
             dump: folder for the program's text after each pass that changed it.
             progress: called with a pass's name and how much of its work is done.
+            padding: as `run`.
 
         Raises:
             RecipeError: as `run`.
@@ -177,7 +188,7 @@ class Pipeline:
                     fix="give --calibration FILES (in Python calibration=...).",
                 )
         refresh(program)
-        run = Run(program, Context(calibration, seed), verify, limit, dump, progress)
+        run = Run(program, Context(calibration, seed, padding=padding), verify, limit, dump, progress)
         records: list[PassRecord] = []
         for index, entry in enumerate(self.passes):
             if limit is not None and len(program.edits) >= limit and index > through:

@@ -21,6 +21,9 @@ from skink.kernels import OpCall, find_op
 Visit = Callable[[fx.Node, Any], None]
 """Called with a wanted node and its value, once per batch, while that batch runs."""
 
+Plan = Sequence[tuple[fx.Node, Sequence[fx.Node]]]
+"""Nodes to run, in order, each with the values that nothing reads after it."""
+
 # A piece of the graph with more linear layers than this is cut further; one decoder layer has four to seven.
 _MOST_LINEARS = 8
 
@@ -70,39 +73,30 @@ def run_regions(
     Raises:
         GraphError: GRAPH-002 where weights are on the meta device.
     """
-    if program.is_meta:
-        raise GraphError(
-            "GRAPH-002",
-            "this program's weights are on the meta device: there are no values to run calibration text through.",
-            fix="load the checkpoint with its weights, then capture again.",
-        )
     regions = split_regions(program, wanted)
-    placeholders = program.graph.find_nodes(op="placeholder")
-    inputs = [
-        {node: batch[entry.name] for node, entry in zip(placeholders, program.inputs, strict=True)} for batch in batches
-    ]
+    inputs = inputs_of(program, batches)
     live: list[dict[fx.Node, Any]] = [{} for _ in batches]
     renamed: dict[fx.Node, fx.Node] = {}
     steps, done = len(regions) * len(batches) * (2 if follow_edits else 1), 0
     for region in regions:
         entry_nodes = set(live[0]) if live else set()
         carried = [renamed.get(node, node) for node in region.carried]
-        plan = _plan(program.graph, [*carried, *region.wanted], entry_nodes)
+        plan = plan_region(program.graph, [*carried, *region.wanted], entry_nodes)
         for index, values in enumerate(inputs):
-            results = _run(program, plan, {**values, **live[index]}, carried, visit, frozenset(region.wanted))
+            results = run_plan(program, plan, {**values, **live[index]}, carried, visit, frozenset(region.wanted))
             if not follow_edits:
                 # Whatever of its entry no later region reads is freed here, one batch at a time.
                 live[index] = results
-            done = _report(progress, done, steps)
+            done = report(progress, done, steps)
         readers = [_later_reader(node, region, regions) for node in carried]
         yield region
         after = [user.all_input_nodes[position] for user, position in readers]
         renamed.update(zip(region.carried, after, strict=True))
         if follow_edits:
-            plan = _plan(program.graph, after, entry_nodes)
+            plan = plan_region(program.graph, after, entry_nodes)
             for index, values in enumerate(inputs):
-                live[index] = _run(program, plan, {**values, **live[index]}, after, visit, frozenset())
-                done = _report(progress, done, steps)
+                live[index] = run_plan(program, plan, {**values, **live[index]}, after)
+                done = report(progress, done, steps)
         else:
             names = dict(zip(carried, after, strict=True))
             live = [{names[node]: value for node, value in values.items()} for values in live]
@@ -203,9 +197,24 @@ def _later_reader(node: fx.Node, region: Region, regions: Sequence[Region]) -> t
     return user, user.all_input_nodes.index(node)
 
 
-def _plan(
-    graph: fx.Graph, results: Collection[fx.Node], known: Collection[fx.Node]
-) -> list[tuple[fx.Node, list[fx.Node]]]:
+def inputs_of(program: Program, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[fx.Node, Any]]:
+    """Each batch's tensors by placeholder.
+
+    Raises: GRAPH-002 where weights are on the meta device, since then there is nothing to run.
+    """
+    if program.is_meta:
+        raise GraphError(
+            "GRAPH-002",
+            "this program's weights are on the meta device: there are no values to run calibration text through.",
+            fix="load the checkpoint with its weights, then capture again.",
+        )
+    placeholders = program.graph.find_nodes(op="placeholder")
+    return [
+        {node: batch[entry.name] for node, entry in zip(placeholders, program.inputs, strict=True)} for batch in batches
+    ]
+
+
+def plan_region(graph: fx.Graph, results: Collection[fx.Node], known: Collection[fx.Node]) -> Plan:
     """What to run for `results`, in order, each with the values that nothing reads after it."""
     needed = _ancestors(results, known)
     ordered = [node for node in graph.nodes if node in needed and node.op != "placeholder"]
@@ -220,18 +229,24 @@ def _plan(
     return [(node, unused.get(node, [])) for node in ordered]
 
 
-def _run(
+def run_plan(
     program: Program,
-    plan: Iterable[tuple[fx.Node, list[fx.Node]]],
+    plan: Plan,
     values: dict[fx.Node, Any],
     results: Iterable[fx.Node],
-    visit: Visit,
-    visited: Collection[fx.Node],
+    visit: Visit | None = None,
+    visited: Collection[fx.Node] = (),
+    *,
+    training: bool = False,
 ) -> dict[fx.Node, Any]:
-    """Run one batch through one region; `values` holds inputs and what earlier regions carried."""
-    with torch.no_grad():
+    """Run one batch through one region; `values` holds inputs and what earlier regions carried.
+
+    With `training`, gradients flow from the results to those of `values` that require them and to the visited nodes: a
+    visited value that depends on nothing with a gradient becomes a leaf itself.
+    """
+    with torch.set_grad_enabled(training):
         for node in visited:
-            if node in values:
+            if node in values and visit is not None:
                 visit(node, values[node])
         for node, unused in plan:
             if node.op == "get_attr":
@@ -239,15 +254,18 @@ def _run(
             else:
                 args: tuple[Any, ...] = fx.map_arg(node.args, values.__getitem__)
                 kwargs: dict[str, Any] = fx.map_arg(node.kwargs, values.__getitem__)
-                values[node] = _kernel(node.target, args, kwargs)(*args, **kwargs)
-                if node in visited:
-                    visit(node, values[node])
-            for value in unused:
-                del values[value]
+                value = _kernel(node.target, args, kwargs, training=training)(*args, **kwargs)
+                if node in visited and visit is not None:
+                    if training and not value.requires_grad and value.is_floating_point():
+                        value = value.detach().requires_grad_()
+                    visit(node, value)
+                values[node] = value
+            for spent in unused:
+                del values[spent]
     return {node: values[node] for node in results}
 
 
-def _kernel(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+def _kernel(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool) -> Callable[..., Any]:
     """What computes a call: for an op of Skink's its first kernel that serves the call, otherwise the target itself.
 
     References are written to be read: attention's alone would take more time than all of calibration's other work.
@@ -256,14 +274,15 @@ def _kernel(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ca
     if op is not None:
         arguments = op.bind(args, kwargs)
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-        variant, _ = op.choose(OpCall(arguments, device))
+        variant, _ = op.choose(OpCall(arguments, device), training=training)
         if variant is not None:
             return variant.load()
     function: Callable[..., Any] = target
     return function
 
 
-def _report(progress: Progress | None, done: int, steps: int) -> int:
+def report(progress: Progress | None, done: int, steps: int) -> int:
+    """One more step is done."""
     if progress is not None:
         progress(done + 1, steps)
     return done + 1

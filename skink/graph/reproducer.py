@@ -4,7 +4,7 @@
     pipeline.txt         the passes on one line
     start.json           the program as the pipeline got it          start.safetensors    its weights
     before.json          the program just before the failing pass    before.safetensors   those that differ by then
-    calibration.safetensors   token windows, where there are any
+    calibration.safetensors   token windows, and which tokens are padding, where there are any
     edits.jsonl          the edits made before the failing pass, a line of JSON each
     program.txt          the program just before the failing pass, to be read
     error.txt            the error with its traceback
@@ -60,6 +60,7 @@ class Circumstances:
         verify: level of verification.
         limit: the most edits, or None.
         calibration: token windows, or None.
+        padding: which of their tokens are text (1) and which padding (0), or None.
     """
 
     pipeline: str
@@ -70,6 +71,7 @@ class Circumstances:
     verify: int
     limit: int | None
     calibration: Tensor | None
+    padding: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def _write_rest(
 ) -> None:
     """Everything but the programs and their weights."""
     if at.calibration is not None:
-        _write_tensors(folder / "calibration.safetensors", {"tokens": at.calibration})
+        padding = {} if at.padding is None else {"padding": at.padding}
+        _write_tensors(folder / "calibration.safetensors", {"tokens": at.calibration, **padding})
     content = {
         "format": FORMAT,
         "failure": vars(failure),
@@ -224,7 +227,7 @@ def read_reproducer(folder: Path, weights: Mapping[str, Tensor] | None = None) -
             before = start.clone()
         edits = _edits(folder / EDITS_FILE)
         start.edits[:], before.edits[:] = edits[: _number(content["edits_at_start"])], edits
-        calibration = _tensors(folder / "calibration.safetensors")["tokens"] if content["calibration"] is True else None
+        text = _tensors(folder / "calibration.safetensors") if content["calibration"] is True else None
         known = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
         circumstances = Circumstances(
             pipeline=(folder / "pipeline.txt").read_text(encoding="utf-8").strip(),
@@ -234,7 +237,8 @@ def read_reproducer(folder: Path, weights: Mapping[str, Tensor] | None = None) -
             seed=_number(content["seed"]),
             verify=_number(content["verify"]),
             limit=None if content["limit"] is None else _number(content["limit"]),
-            calibration=calibration,
+            calibration=None if text is None else text["tokens"],
+            padding=None if text is None else text.get("padding"),
         )
         versions_there = {str(name): _text(value) for name, value in known.items()}
         return Reproducer(failure, circumstances, start, before, versions_there, not start.is_meta)

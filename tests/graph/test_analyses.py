@@ -185,6 +185,10 @@ def test_those_that_ship_give_what_their_functions_give() -> None:
         torch.testing.assert_close(found[name].total, wanted.total)
     assert len(found) == 15
     assert list(context.analysis(Covariances(names=(names[0],)), subject)) == names[:1]
+    padding = torch.ones_like(windows)
+    padding[0, 5:] = 0
+    shorter = replace(context, padding=padding).analysis(Covariances(), subject)
+    assert [found[names[0]].tokens, shorter[names[0]].tokens] == [16, 13]
     mixing = context.analysis(Mixing(), subject)
     assert mixing.known == token_mixing(subject).known
     assert len(mixing.known) == 2

@@ -98,6 +98,7 @@ def test_sums_are_exact_to_float64(width, monkeypatch):
     assert float(error.abs().max()) < 1e-13
     assert torch.equal(found.total, found.total.T.contiguous())
     assert found.tokens == 50
+    torch.testing.assert_close(found.absolute, x.double().abs().sum(0))
 
 
 class Twice(nn.Module):
@@ -121,6 +122,7 @@ def test_a_weight_read_twice_gets_the_sum():
     first = x.double()
     torch.testing.assert_close(found["layer.weight"].total, first.T @ first + second.T @ second, rtol=1e-6, atol=1e-6)
     assert found["layer.weight"].tokens == 40
+    torch.testing.assert_close(found["layer.weight"].absolute, first.abs().sum(0) + second.abs().sum(0))
     third = model.layer(second.float()).detach().double()
     torch.testing.assert_close(found["other.weight"].total, third.T @ third, rtol=1e-6, atol=1e-6)
 
@@ -214,6 +216,68 @@ def test_batches_attend_to_every_token_from_position_zero():
         assert bool(batch["attention_mask"].all())
         assert torch.equal(batch["position_ids"][0], torch.arange(13))
     assert len(token_batches(program, token_windows(9, 1024 // 2))) == 2
+
+
+class Encoder(nn.Module):
+    """A layer on every token, and one on the first of each window."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, 6)
+        self.each, self.pooled = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        x = self.each(self.table(input_ids) + token_type_ids[..., None] * attention_mask[..., None])
+        return x, self.pooled(x[:, 0])
+
+
+def encoder_program(model):
+    tokens = torch.ones(2, 4, dtype=torch.int64)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return capture(model, {name: tokens.clone() for name in names})
+
+
+def test_padding_does_not_count_and_pooled_values_have_none():
+    model = Encoder()
+    program, windows = encoder_program(model), token_windows(5, 7)
+    padding = torch.ones_like(windows)
+    padding[0, 3:] = 0
+    padding[4, 1:] = 0
+    found = input_covariances(program, windows, weights(program), padding=padding, batch=2)
+    embedded = model.table(windows).detach()
+    x = embedded[padding != 0].double()
+    first = model.each(embedded)[:, 0].detach().double()
+    assert [entry.tokens for entry in found.values()] == [25, 5]
+    torch.testing.assert_close(found["each.weight"].total, x.T @ x)
+    torch.testing.assert_close(found["pooled.weight"].total, first.T @ first)
+
+
+def test_positions_count_text_only():
+    padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    (batch,) = token_batches(canonical("llama"), token_windows(3, 4), padding=padding)
+    assert torch.equal(batch["attention_mask"], padding)
+    assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("padding", "code", "why"),
+    [
+        (torch.zeros(5, 13, dtype=torch.int64), "CALIBRATION-001", ""),
+        (torch.ones(5, 12, dtype=torch.int64), "CALIBRATION-004", "one number for each token"),
+    ],
+)
+def test_padding_that_does_not_fit(padding, code, why):
+    with pytest.raises(CalibrationError) as caught:
+        token_batches(canonical("llama"), token_windows(), padding=padding)
+    assert caught.value.code == code
+    assert why in caught.value.why
+
+
+def test_padding_of_a_program_that_is_not_told_of_it():
+    program = capture(nn.Linear(6, 6), (torch.randn(4, 6),))
+    with pytest.raises(CalibrationError, match="do not fit") as caught:
+        token_batches(program, torch.randn(4, 6), padding=torch.ones(4, 6))
+    assert "no input 'attention_mask'" in caught.value.why
 
 
 def test_the_codes_are_registered():

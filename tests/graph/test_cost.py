@@ -22,7 +22,8 @@ def test_a_decoder() -> None:
     cost = program_cost(canonical("llama"), context=100)
     assert cost.parameters == sum(p.numel() for p in tiny("llama").parameters())
     assert cost.bytes == 4 * cost.parameters
-    assert cost.linear_parameters == 2 * LAYER + WORDS
+    assert cost.linear_parameters == cost.linear_macs_per_token == 2 * LAYER
+    assert cost.linear_bytes == 4 * cost.linear_parameters
     attention = 2 * 4 * 100 * (16 + 16)
     assert cost.macs_per_token == 2 * LAYER + WORDS + attention
     assert cost.context == 100
@@ -32,7 +33,7 @@ def test_tied_weights_count_once_and_are_no_linear_layer_of_their_own() -> None:
     cost = program_cost(canonical("gpt2"), context=0)
     blocks = 2 * (64 * 192 + 64 * 64 + 2 * 64 * 256)
     assert cost.parameters == sum(p.numel() for p in tiny("gpt2").parameters())
-    assert cost.linear_parameters == blocks
+    assert cost.linear_parameters == cost.linear_macs_per_token == blocks
     assert cost.macs_per_token == blocks + WORDS
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from skink.graph.capture import capture
-from skink.graph.emit import bind, build_tree, tied_names
+from skink.graph.emit import bind, build_tree, pair_of_layers, pivoted_layers, tied_names
 from skink.graph.program import Program
 from skink.graph.state import derive_step
+from skink.kernels.low_rank_linear.reference import low_rank_linear
+from skink.kernels.pivoted_linear.reference import pivoted_linear
 from tests.graph.stepping import empty_state
 from tests.models import tiny
 from tests.modules import One, Two, parameter, results
@@ -174,3 +176,51 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(dtype)
     _, emitted = check(module, torch.randn(2, 4, dtype=dtype))
     assert {p.dtype for p in emitted.parameters()} == {dtype}
+
+
+def test_pairs_of_layers_run_by_their_kernel_until_one_is_changed() -> None:
+    def kernel(*given: torch.Tensor) -> torch.Tensor:
+        called.append(given)
+        return low_rank_linear(*given)
+
+    called: list[object] = []
+    down, up, x = nn.Linear(6, 2, bias=False), nn.Linear(2, 5), torch.randn(3, 6)
+    run = pair_of_layers(kernel)
+    assert run is pair_of_layers(kernel)
+    expected = up(down(x))
+    torch.testing.assert_close(run(down, up, x), expected)
+    assert called == [(x, down.weight, up.weight, up.bias)]
+
+    class Twice(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    doubled = Twice(6, 2, bias=False)
+    doubled.weight = down.weight
+    torch.testing.assert_close(run(doubled, up, x), up(2 * down(x)))
+    handle = up.register_forward_hook(lambda layer, given, result: result + 1)
+    torch.testing.assert_close(run(down, up, x), expected + 1)
+    handle.remove()
+    down.forward = lambda input: torch.zeros(3, 2)
+    torch.testing.assert_close(run(down, up, x), up.bias.expand(3, 5))
+    assert len(called) == 1
+
+
+def test_pivoted_layers_run_by_their_kernel_until_one_is_changed() -> None:
+    def kernel(*given: torch.Tensor) -> torch.Tensor:
+        called.append(given)
+        return pivoted_linear(*given)
+
+    called: list[object] = []
+    kept, rest, x = nn.Linear(6, 2), nn.Linear(2, 3), torch.randn(3, 6)
+    run = pivoted_layers(kernel)
+    for order in (None, torch.tensor([4, 0, 3, 1, 2])):
+        expected = torch.cat([kept(x), rest(kept(x))], -1)
+        torch.testing.assert_close(run(kept, rest, x, order), expected if order is None else expected[:, order])
+        assert called == [(x, kept.weight, rest.weight, kept.bias, rest.bias, order)]
+        handle = kept.register_forward_hook(lambda layer, given, result: 2 * result)
+        expected = torch.cat([kept(x), rest(kept(x))], -1)
+        torch.testing.assert_close(run(kept, rest, x, order), expected if order is None else expected[:, order])
+        handle.remove()
+        assert len(called) == 1
+        called.clear()

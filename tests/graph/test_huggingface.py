@@ -210,8 +210,13 @@ def check(model: nn.Module, inputs: Batch, **others: Tensor) -> Program:
     given = {entry.name: given[entry.name] for entry in program.inputs}
     with torch.no_grad():
         result = model(**given)
-    wanted = getattr(result, program.outputs[0])
-    assert distance(program(*given.values())[0], wanted, inputs.attention_mask) < 1e-5
+    found = dict(zip(program.outputs, program(*given.values()), strict=True))
+    first = program.outputs[0]
+    assert distance(found[first], getattr(result, first), inputs.attention_mask) < 1e-5
+    if "pooler_output" in found:
+        # Of the first token, which is one that counts where padding is behind.
+        real = inputs.attention_mask[:, 0] == 1
+        torch.testing.assert_close(found["pooler_output"][real], result.pooler_output[real], rtol=1e-5, atol=1e-5)
     return program
 
 
@@ -305,7 +310,8 @@ def test_encoders(kind: str, auto: Any) -> None:
     inputs = batch(3, 9, padding=3)
     kinds = (inputs.input_ids % 2).clamp(max=auto is not None and kind != "roberta")
     program = check(auto.from_config(AutoConfig.for_model(kind, **small)).eval(), inputs, token_type_ids=kinds)
-    assert program.outputs == ("logits" if auto is AutoModelForMaskedLM else "last_hidden_state",)
+    hidden = ("last_hidden_state",) if kind == "distilbert" else ("last_hidden_state", "pooler_output")
+    assert program.outputs == (("logits",) if auto is AutoModelForMaskedLM else hidden)
     names = ["input_ids", "attention_mask", "token_type_ids"]
     assert [entry.name for entry in program.inputs] == names[: 2 if kind == "distilbert" else 3]
     (found,) = attentions(program)

@@ -30,6 +30,7 @@ from tests.programs import batch, captured
 
 TENSORS = tuple(batch(2, 5))
 WINDOWS = torch.arange(24).reshape(3, 8)
+PADDING = torch.ones_like(WINDOWS).tril(3)
 PASSES = (Canonicalize(), LowRank(keep=0.5, targets=("*.mlp.*",)), Scale(factors=(1.0, 3.0)))
 
 
@@ -37,7 +38,7 @@ def fail(pipeline: Pipeline, program: Program, folder: Path, set_environment: Ca
     """The folder that a failure leaves below `folder`."""
     set_environment(SKINK_DUMP=str(folder))
     with pytest.raises(VerifyError) as caught:
-        pipeline.run(program, calibration=WINDOWS, seed=5)
+        pipeline.run(program, calibration=WINDOWS, padding=PADDING, seed=5)
     (left,) = (path for path in folder.iterdir() if path.is_dir())
     assert f"`skink bisect {left}`" in caught.value.fix
     return left
@@ -84,6 +85,7 @@ def test_what_is_read_back_is_what_failed(left: Path) -> None:
     assert found.failure == Failure("VerifyError", "VERIFY-002", "scale", found.failure.text)
     assert (at.pipeline, at.index, at.seed, at.verify, at.limit) == (str(Pipeline(PASSES)), 2, 5, 2, None)
     assert torch.equal(at.calibration, WINDOWS)
+    assert torch.equal(at.padding, PADDING)
     assert found.versions["torch"] == str(torch.__version__)
     assert {"python", "tests"} <= set(found.versions)
     assert found.weights
@@ -91,7 +93,7 @@ def test_what_is_read_back_is_what_failed(left: Path) -> None:
     assert str(found.start) == str(program)
     assert found.start.edits == []
     torch.testing.assert_close(found.start(*TENSORS), program(*TENSORS), rtol=0, atol=0)
-    Pipeline(PASSES[:2]).run(program, calibration=WINDOWS, seed=5)
+    Pipeline(PASSES[:2]).run(program, calibration=WINDOWS, padding=PADDING, seed=5)
     assert str(found.before) == str(program)
     assert found.before.stage is Stage.REWRITTEN
     assert found.before.edits == program.edits
@@ -101,7 +103,9 @@ def test_what_is_read_back_is_what_failed(left: Path) -> None:
 def test_what_is_read_back_fails_in_the_same_way_from_both_ends(left: Path) -> None:
     found = read_reproducer(left)
     at = found.circumstances
-    again = Pipeline(PASSES).attempt(found.start, calibration=at.calibration, seed=at.seed, verify=at.verify)
+    again = Pipeline(PASSES).attempt(
+        found.start, calibration=at.calibration, padding=at.padding, seed=at.seed, verify=at.verify
+    )
     assert found.failure.same(again.failure)
     local = Pipeline(PASSES[2:]).attempt(found.before, seed=at.seed, verify=at.verify)
     assert found.failure.same(local.failure)
