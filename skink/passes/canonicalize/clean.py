@@ -100,6 +100,9 @@ def _drop_calls_that_do_nothing(program: Program, rewriter: Rewriter) -> None:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             # A view that may copy: then no `contiguous` before it is needed.
             rewriter.update(node, target=aten.reshape.default, rule="view-to-reshape")
+        elif node.target is aten.copy.default and _same_shape(node.meta["val"], node.args[1].meta["val"]):
+            # What an assignment to a slice leaves; it has no derivative, and a cast has.
+            rewriter.update(node, target=aten.type_as.default, args=(node.args[1], node.args[0]), rule="copy-to-cast")
     for node in calls:
         source = _identity_of(node)
         if source is not None:

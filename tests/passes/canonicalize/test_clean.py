@@ -120,3 +120,21 @@ def test_views_become_reshapes() -> None:
         "transpose",
         "reshape",
     ]
+
+
+def test_an_assignment_to_a_slice_has_a_derivative() -> None:
+    def body(self: Any, x: Tensor) -> Tensor:
+        result = x.clone()
+        result[..., 1:] = x[..., :3].sin()
+        return result
+
+    assert left(body) == ["slice", "sin", "slice_scatter"]
+
+
+def test_an_assignment_casts_as_it_did() -> None:
+    def body(self: Any, x: Tensor) -> Tensor:
+        result = x.clone()
+        result[..., 1:] = x[..., :3].double().sin()
+        return result
+
+    assert left(body) == ["slice", "_to_copy", "sin", "slice", "type_as", "slice_scatter"]
