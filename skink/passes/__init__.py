@@ -8,9 +8,9 @@ from importlib.metadata import EntryPoint, entry_points
 from skink.errors import RecipeError, suggest
 from skink.graph.passes import Pass
 from skink.passes.canonicalize import Canonicalize
-from skink.passes.decompose import LowRank
+from skink.passes.decompose import BasisSharing, LowRank, ReduceWidth, Tucker
 
-PASSES: tuple[type[Pass], ...] = (Canonicalize, LowRank)
+PASSES: tuple[type[Pass], ...] = (Canonicalize, LowRank, Tucker, BasisSharing, ReduceWidth)
 
 
 @dataclass(frozen=True)

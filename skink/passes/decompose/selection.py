@@ -1,15 +1,18 @@
 """Which weights of a program are linear layers, and what speaks against factoring one, whatever its size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx
 
-from skink.graph.passes import linear_weight
-from skink.graph.pattern import op_name
+from skink.errors import GraphError, OptionError
+from skink.graph.output_heads import output_heads
+from skink.graph.passes import LayerRecord, PassResult, linear_weight
+from skink.graph.pattern import NoMatch, op_name
 from skink.graph.program import Program
+from skink.graph.rewriter import Rewriter, describe
 
 aten = torch.ops.aten
 
@@ -51,6 +54,109 @@ class LinearLayer:
     def matches(self, patterns: tuple[str, ...]) -> bool:
         """Whether one of the layer's names fits one of the shell-style patterns."""
         return any(fnmatchcase(name, pattern) for name in self.names for pattern in patterns)
+
+
+class Choice:
+    """The layers that a pass works on, and the book it keeps about all of them. Iterating gives those to work on.
+
+    Args:
+        layers: every linear layer of the program, in the graph's order.
+    """
+
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+        self.layers = tuple(layers)
+        self._chosen = {layer.weight: layer for layer in layers}
+        self._records: dict[str, LayerRecord] = {}
+        self._refused: list[NoMatch] = []
+
+    def __iter__(self) -> Iterator[LinearLayer]:
+        return iter(list(self._chosen.values()))
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def leave(self, layer: LinearLayer, reason: str) -> None:
+        """Keep a layer dense that the user did not ask for."""
+        self._chosen.pop(layer.weight, None)
+        self._records[layer.weight] = LayerRecord(
+            name=layer.name,
+            kind="linear",
+            shape=layer.shape,
+            decision="kept dense",
+            parameters_before=layer.parameters,
+            parameters_after=layer.parameters,
+            reason=reason,
+        )
+
+    def refuse(self, layer: LinearLayer, reason: str) -> None:
+        """Keep a layer dense that the user did ask for, and say why."""
+        self.leave(layer, reason)
+        self._refused.append(NoMatch(reason, layer.readers[0]))
+
+    def record(self, layer: LinearLayer, record: LayerRecord) -> None:
+        """Put down what was done to a layer."""
+        self._records[layer.weight] = record
+
+    def result(self, rewriter: Rewriter, notes: Sequence[str] = ()) -> PassResult:
+        """What the pass returns: one record for each layer, in the graph's order."""
+        records = [self._records[layer.weight] for layer in self.layers if layer.weight in self._records]
+        return PassResult(edits=rewriter.count, refused=tuple(self._refused), layers=tuple(records), notes=tuple(notes))
+
+
+def choose_layers(
+    program: Program, pass_name: str, targets: tuple[str, ...], ignore: tuple[str, ...]
+) -> tuple[Choice, list[str]]:
+    """The layers that a pass may work on, and notes on patterns that fit none.
+
+    They are what `keep` counts: the targets, or every linear layer, less those ignored and those that the graph speaks
+    against (output heads unless named, tied weights, thin factors, routers of experts).
+
+    Args:
+        program: with linear layers in view.
+        pass_name: for messages.
+        targets: shell-style patterns on qualified names; empty: every linear layer.
+        ignore: patterns of layers to leave alone.
+
+    Raises:
+        GraphError: GRAPH-002 where a chosen weight is on the meta device.
+        OptionError: OPTION-002 where there are targets and none fits a layer.
+    """
+    layers = linear_layers(program)
+    notes = _check_patterns(pass_name, layers, targets, ignore)
+    heads = output_heads(program)
+    choice = Choice(layers)
+    for layer in layers:
+        if targets and not layer.matches(targets):
+            choice.leave(layer, "not among the targets")
+        elif layer.matches(ignore):
+            choice.leave(layer, "ignored, as asked")
+        elif (reason := structural_reason(layer, heads, asked=bool(targets))) is not None:
+            choice.refuse(layer, reason)
+        elif program.weight(layer.weight).is_meta:
+            raise GraphError(
+                "GRAPH-002",
+                f"the weight {layer.weight!r} is on the meta device: it has a shape but no values to factor.",
+                where=describe(layer.readers[0]),
+                fix="load the checkpoint with its weights, then capture again.",
+            )
+    return choice, notes
+
+
+def _check_patterns(
+    pass_name: str, layers: list[LinearLayer], targets: tuple[str, ...], ignore: tuple[str, ...]
+) -> list[str]:
+    """Notes on patterns that fit no layer; an error where that leaves nothing to do."""
+    idle = [pattern for pattern in targets if not any(layer.matches((pattern,)) for layer in layers)]
+    if idle and len(idle) == len(targets):
+        names = [layer.name for layer in layers]
+        raise OptionError(
+            "OPTION-002",
+            f"{pass_name}.targets={list(targets)} match none of the {len(names)} linear layers.",
+            why=f"layers are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.",
+            fix="use shell-style patterns on these names, as '*.mlp.*'.",
+        )
+    idle += [pattern for pattern in ignore if not any(layer.matches((pattern,)) for layer in layers)]
+    return [f"no linear layer is named like {pattern!r}." for pattern in idle]
 
 
 def linear_layers(program: Program) -> list[LinearLayer]:
@@ -98,61 +204,43 @@ def structural_reason(layer: LinearLayer, heads: frozenset[fx.Node], *, asked: b
     return None
 
 
-def output_heads(program: Program) -> frozenset[fx.Node]:
-    """The linear nodes that give a language model's logits: as wide as its vocabulary, only scaled after them."""
-    output = program.graph.output_node()
-    results = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
-    vocabularies = {
-        table.meta["val"].shape[0]
-        for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default)
-        if isinstance(table := node.args[0], fx.Node)
-    }
-    names = (*program.outputs, *(entry.output_name for entry in program.state))
-    heads: set[fx.Node] = set()
-    for name, result in zip(names, results, strict=True):
-        if isinstance(result, fx.Node):
-            width = _width(result)
-            if width is not None and (name == "logits" or width in vocabularies):
-                heads.update(_linears_before(result, width))
-    return frozenset(heads)
-
-
-def _linears_before(node: fx.Node, width: int) -> Iterator[fx.Node]:
-    """The nearest linear nodes that `node` comes from along values of one width."""
-    pending, seen = [node], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen or node.op != "call_function" or _width(node) != width:
-            continue
-        seen.add(node)
-        if node.target is aten.linear.default:
-            yield node
-        else:
-            pending.extend(node.all_input_nodes)
-
-
-def _width(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    return value.shape[-1] if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[-1], int) else None
-
-
 def _shape(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
 def _is_factor(node: fx.Node) -> bool:
-    """Whether this linear node and one right before or after it are a product of two thin matrices."""
-    return any(_are_factors(node, user) for user in node.users) or (
-        isinstance(node.args[0], fx.Node) and _are_factors(node.args[0], node)
-    )
+    """Whether this linear node is part of a product of two thin matrices."""
+    return _is_down(node) or (isinstance(node.args[0], fx.Node) and _is_down(node.args[0]))
 
 
-def _are_factors(down: fx.Node, up: fx.Node) -> bool:
-    if down.target is not aten.linear.default or up.target is not aten.linear.default or up.args[0] is not down:
+def _is_down(node: fx.Node) -> bool:
+    """Whether the linear nodes that read this one, and all that do, have a dense one's numbers or fewer with it.
+
+    Where the node's own output is used beside what one linear node makes of it, it is the kept rows of a matrix.
+    """
+    if node.target is not aten.linear.default:
         return False
-    rank, in_features = down.args[1].meta["val"].shape  # type: ignore[union-attr]
-    out_features = up.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
+    ups = [user for user in node.users if user.target is aten.linear.default and user.args[0] is node]
+    joins = [user for user in node.users if user.target is aten.cat.default]
+    if not ups or len(ups) + len(joins) != len(node.users) or len(joins) > 1:
+        return False
+    rank, in_features = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    if joins:
+        return joins[0].args[0] == [node, *ups]
+    # A basis that several layers share is one weight with several readers.
+    shared = [other for other in _readers(node) if other is not node]
+    ups += [user for other in shared for user in other.users if user.target is aten.linear.default]
+    out_features = sum(up.args[1].meta["val"].shape[0] for up in ups)  # type: ignore[union-attr]
     return bool(rank * (out_features + in_features) <= out_features * in_features)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The linear nodes that read the same stored weight as this one."""
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return [node]
+    stored = node.graph.find_nodes(op="get_attr", target=weight.target)
+    return [user for entry in stored for user in entry.users if user.target is aten.linear.default]
 
 
 def _routes(node: fx.Node) -> bool:

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from skink.graph.capture import capture
-from skink.passes.decompose.selection import linear_layers, output_heads, structural_reason
+from skink.graph.output_heads import output_heads
+from skink.passes.decompose.selection import linear_layers, structural_reason
 from tests.graph.programs import canonical
 
 
@@ -77,11 +78,6 @@ def test_a_product_of_thin_layers_is_factored_already(width, between, is_factor)
     found = reasons(capture(Bottleneck(width, between), (torch.randn(3, 16),)))
     expected = "it is already one of two thin factors" if is_factor else None
     assert found == {"down": expected, "up": expected}
-
-
-def test_a_module_without_a_vocabulary_has_no_head():
-    program = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), (torch.randn(3, 8),))
-    assert not output_heads(program)
 
 
 class Shared(nn.Module):

@@ -1,0 +1,1 @@
+"""A weight as a product of thin ones: numbers only, no graphs."""
