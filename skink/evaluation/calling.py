@@ -1,7 +1,8 @@
 """How to call a causal language model, whoever wrote it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +66,24 @@ def device_of(model: Model) -> torch.device | None:
     """Where a module's weights are; None for a callable that has none."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return None if parameter is None else parameter.device
+
+
+def weights_dtype(model: Model) -> str:
+    """The floating dtypes of a module's parameters; empty for a callable that has none."""
+    if not isinstance(model, nn.Module):
+        return ""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+@contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """Without dropout inside; each module's own mode again after."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

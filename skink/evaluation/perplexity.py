@@ -8,16 +8,15 @@ length - 1 tokens. A perplexity means nothing without its text, windows and dtyp
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from skink.errors import OptionError, check_range
-from skink.evaluation.calling import Model, accepted_arguments, call, device_of, logits_of
+from skink.evaluation.calling import Model, accepted_arguments, call, device_of, eval_mode, logits_of, weights_dtype
 from skink.evaluation.corpus import Documents, Tokenizer, cut_windows, standard_library, token_stream, window_stride
 
 # Logits turned to float32 at once: 32 MiB, and as much again for their logarithms.
@@ -97,8 +96,8 @@ def perplexity(
     count, length = windows.shape
     accepted = accepted_arguments(model)
     device = device_of(model) or windows.device
-    total, done, dtype = 0.0, 0, _weights_dtype(model)
-    with torch.no_grad(), _eval_mode(model):
+    total, done, dtype = 0.0, 0, weights_dtype(model)
+    with torch.no_grad(), eval_mode(model):
         for start in range(0, count, batch):
             ids = windows[start : start + batch].to(device)
             output = call(
@@ -176,26 +175,5 @@ def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
     return total
 
 
-def _weights_dtype(model: Model) -> str:
-    """The floating dtypes of a module's parameters; empty for a callable that has none."""
-    if not isinstance(model, nn.Module):
-        return ""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
-    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
 def _hash(windows: Tensor) -> str:
     return hashlib.sha256(windows.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-@contextmanager
-def _eval_mode(model: Model) -> Iterator[None]:
-    """Without dropout inside; each module's own mode again after."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
