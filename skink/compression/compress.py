@@ -19,8 +19,6 @@ from skink.passes.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from skink.export.huggingface import SkinkForCausalLM
-
 Progress = Callable[[str, int, int], None]
 RecipeLike = str | Path | Sequence[Pass | str] | Recipe
 
@@ -51,6 +49,7 @@ def compress_program(
     recipe: RecipeLike = (),
     *,
     calibration: Tensor | None = None,
+    padding: Tensor | None = None,
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     verify: int | None = None,
@@ -59,9 +58,10 @@ def compress_program(
     """Capture a model and run a recipe on it. The model is left as it was.
 
     Args:
-        model: a Hugging Face decoder.
+        model: a Hugging Face decoder or encoder.
         recipe: see `skink.passes.recipe.load_recipe`; empty for the model as it is, in Skink's form.
         calibration: token windows int64[N, T].
+        padding: int64[N, T], 1 where a window holds text and 0 where padding; None: all is text.
         overrides: `{"low-rank.keep": 0.7}`.
         seed: for anything random.
         verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
@@ -85,15 +85,15 @@ def compress_program(
     dense = program.clone()
     # A limit on edits may have cut canonicalize short; then no other pass runs either.
     rest = Pipeline(pipeline.passes[1:] if program.stage >= Stage.CANONICAL else (), start=program.stage)
-    result = rest.run(program, calibration=calibration, seed=seed, verify=verify, progress=progress)
+    result = rest.run(program, calibration=calibration, padding=padding, seed=seed, verify=verify, progress=progress)
     return Compression(program, dense, loaded, PipelineResult(canonical.passes + result.passes))
 
 
 def captured(model: "PreTrainedModel") -> Program:
     """The model as a program: captured, or, where it is a program in Skink's form already, that one."""
-    from skink.export.huggingface import SkinkForCausalLM
+    from skink.export.huggingface.base import SkinkPreTrainedModel
 
-    if isinstance(model, SkinkForCausalLM):
+    if isinstance(model, SkinkPreTrainedModel):
         program = model.program
         propagate(program)
         return program
@@ -112,15 +112,15 @@ def compress(
     seed: int = 0,
     verify: int | None = None,
     progress: Progress = _silent,
-) -> "SkinkForCausalLM":
-    """A smaller model that generates, trains, saves and loads like any Hugging Face model.
+) -> Any:
+    """A smaller model that runs, trains, saves and loads like any Hugging Face model.
 
     Args:
-        model: a Hugging Face decoder, or a hub id or folder of one. A model object is left as it was.
+        model: a Hugging Face decoder or encoder, or a hub id or folder of one. A model object is left as it was.
         recipe: a YAML file, the name of a recipe that ships, one-line text, or passes. `[]` gives the same model back
-        in
-            Skink's form.
-        calibration: token windows int64[N, T]; or, with a tokenizer, files, folders, `Documents` or `"stdlib"`.
+            in Skink's form.
+        calibration: token windows int64[N, T] that are all text; or, with a tokenizer, files, folders, `Documents` or
+            `"stdlib"`, of which an encoder reads each passage by itself.
         tokenizer: for calibration text; loaded with the model where `model` is a name.
         overrides: options to change, `{"low-rank.keep": 0.7}`.
         seed: for anything random.
@@ -128,30 +128,40 @@ def compress(
         progress: called as (what, done, total).
 
     Returns:
-        The model; `model.compression` says what was done.
+        The model, a `SkinkForCausalLM`, or for an encoder what it was: `SkinkModel`, `SkinkForMaskedLM` and so on;
+        `model.compression` says what was done.
 
     Raises:
         SkinkError: see docs/errors.md.
     """
-    from skink.compression.texts import TextOptions, calibration_and_held_out
+    from skink.compression.texts import TextOptions, calibration_windows, longest_text
     from skink.export.huggingface import load_source, to_huggingface
+    from skink.export.huggingface.loading import holds_encoder
+    from skink.export.huggingface.sentences import sentence_settings
 
+    settings = None
     if isinstance(model, str | Path):
-        model, tokenizer = load_source(model)
+        name, encoder = model, holds_encoder(model)
+        model, tokenizer = load_source(name, encoders=encoder)
+        settings = sentence_settings(name) if encoder else None
     windows = calibration if isinstance(calibration, Tensor) else None
+    padding = None
     if calibration is not None and windows is None:
-        longest = getattr(model.config, "max_position_embeddings", None)
-        found, _ = calibration_and_held_out(tokenizer, calibration, None, TextOptions(), longest=longest)
-        windows = found.tokens if found is not None else None
+        longest = longest_text(model, tokenizer, settings.longest if settings else None)
+        found = calibration_windows(
+            tokenizer, calibration, TextOptions(), longest=longest, encoder=not model.can_generate()
+        )
+        windows, padding = found.tokens, found.padding
     done = compress_program(
         model,
         recipe,
         calibration=windows,
+        padding=padding,
         overrides=overrides,
         seed=seed,
         verify=verify,
         progress=progress,
     )
-    result = to_huggingface(done.program, model.config, model.generation_config)
+    result = to_huggingface(done.program, model.config, getattr(model, "generation_config", None))
     result.compression = done
     return result

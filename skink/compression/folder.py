@@ -1,39 +1,33 @@
 """The main job on disk: a checkpoint in, a folder out, with the report of what it cost and what it gained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from skink.compression.compress import Compression, Progress, RecipeLike, compress_program
-from skink.compression.measure import (
-    DENSE,
-    RESULT,
-    RUNTIME,
-    SOURCE,
-    Measured,
-    SpeedOptions,
-    build_report,
-    score,
-    speed_notes,
-)
+from skink.compression.forms import Job, compare, measure_decoder, measure_encoder, measure_layers
+from skink.compression.measure import RESULT, Measured, SpeedOptions, build_report, speed_notes
 from skink.compression.texts import (
     STANDARD_LIBRARY,
+    HeldOutTexts,
     TextLike,
     TextOptions,
     Windows,
     calibration_and_held_out,
+    encoder_texts,
+    longest_text,
 )
-from skink.evaluation import GenerationTarget, HuggingFaceTarget, measure_generation
+from skink.evaluation import GenerationTarget
 from skink.export.folder import output_folder
-from skink.export.huggingface import load, load_source, save, to_huggingface
-from skink.export.huggingface.loading import STDLIB_LLAMA, stored_dtype
-from skink.export.report import Report, write_report
-from skink.graph.cost import program_cost
+from skink.export.huggingface import load_source, save
+from skink.export.huggingface.card import CARD_FILE
+from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder, stored_dtype
+from skink.export.huggingface.sentences import SentenceSettings, sentence_settings
+from skink.export.report import Report, card_section, write_report
 from skink.graph.pipeline import Pipeline
-from skink.graph.program import Program
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import load_recipe
 
@@ -48,7 +42,8 @@ class CompressOptions:
         overrides: `{"low-rank.keep": 0.7}`.
         texts: how text is cut.
         speed: the workload to measure.
-        evaluate: measure perplexity and speed before and after.
+        evaluate: measure perplexity and speed before and after, of an encoder its embeddings or scores.
+        measure_layers: also measure what each factored layer alone adds to a decoder's loss: one perplexity each.
         onnx: also write ONNX, to the folder `onnx` in the output folder.
         overwrite: replace an output folder that exists.
         dtype: of the weights while working; `auto` is float32 on the CPU for weights stored in half precision. They are
@@ -64,6 +59,7 @@ class CompressOptions:
     texts: TextOptions = field(default_factory=TextOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     evaluate: bool = True
+    measure_layers: bool = False
     onnx: bool = False
     overwrite: bool = False
     dtype: str = "auto"
@@ -105,35 +101,51 @@ def compress_to_folder(
         calibration_text = STANDARD_LIBRARY
     with output_folder(out, overwrite=options.overwrite) as folder:
         progress("load", 0, 1)
-        source, tokenizer = load_source(name, dtype=options.dtype, device=options.device)
+        encoder = holds_encoder(name)
+        source, tokenizer = load_source(name, dtype=options.dtype, device=options.device, encoders=encoder)
         stored = stored_dtype(name)
+        settings = sentence_settings(name) if encoder else SentenceSettings()
         progress("load", 1, 1)
-        calibration, held_out = calibration_and_held_out(
-            tokenizer,
-            calibration_text,
-            options.held_out,
-            options.texts,
-            longest=getattr(source.config, "max_position_embeddings", None),
+        longest = longest_text(source, tokenizer, settings.longest)
+        calibration: Windows | None
+        held_out: Windows | HeldOutTexts | None
+        calibration, held_out = (encoder_texts if encoder else calibration_and_held_out)(
+            tokenizer, calibration_text, options.held_out, options.texts, longest=longest
         )
         done = compress_program(
             source,
             loaded_recipe,
             calibration=calibration.tokens if calibration is not None else None,
+            padding=calibration.padding if calibration is not None else None,
             seed=options.seed,
             verify=options.verify,
             progress=progress,
         )
         done.program.origin["name"] = name
-        save(done.program.with_dtype(stored), source.config, source.generation_config, tokenizer, folder, name=out.name)
+        save(
+            done.program.with_dtype(stored),
+            source.config,
+            source.generation_config if not encoder else None,
+            tokenizer,
+            folder,
+            source=name if encoder else "",
+            name=out.name,
+        )
         (folder / "recipe.yaml").write_text(loaded_recipe.to_yaml(), encoding="utf-8")
-        notes = [] if held_out is not None else ["No held-out text was given: perplexity was not measured."]
         runtime: GenerationTarget[Any] | None = None
         if options.onnx:
-            runtime = _write_onnx(done, source, tokenizer, folder / "onnx", progress)
-        forms = _measure(done, source, folder, stored, held_out, runtime, options, progress)
-        compared = _compare(done, source, stored, calibration, held_out, options, progress)
+            runtime = _write_onnx(done, source, tokenizer, folder / "onnx", progress, runs=not encoder)
+        job = Job(done, source, folder, stored, calibration, options, progress)
+        compared: dict[str, Measured] = {}
+        losses: dict[str, float] = {}
+        if isinstance(held_out, HeldOutTexts) or encoder:
+            forms = measure_encoder(job, held_out if isinstance(held_out, HeldOutTexts) else None, settings)
+        else:
+            forms = measure_decoder(job, held_out, runtime)
+            losses = measure_layers(job, held_out)
+            compared = compare(job, held_out)
         if compared:
-            compared = {"this recipe: " + done.recipe.describe(): forms[RESULT], **compared}
+            compared = {f"this recipe: {done.recipe}": forms[RESULT], **compared}
         report = build_report(
             done,
             forms,
@@ -142,15 +154,27 @@ def compress_to_folder(
             calibration=calibration,
             seed=options.seed,
             dtype=str(stored).removeprefix("torch."),
-            notes=[*notes, *(speed_notes(forms) if loaded_recipe.passes else [])],
+            notes=_notes(forms, encoder=encoder, judged=held_out is not None, changed=bool(loaded_recipe.passes)),
+            layer_losses=losses,
         )
         write_report(report, folder)
+        _add_to_card(folder, report)
     return report
 
 
+def _notes(forms: Mapping[str, Measured], *, encoder: bool, judged: bool, changed: bool) -> list[str]:
+    notes = (
+        [] if judged else [f"No held-out text was given: {'quality' if encoder else 'perplexity'} was not measured."]
+    )
+    if encoder:
+        return [*notes, "Speed was not measured: that is done by generating text, which an encoder does not."]
+    return [*notes, *(speed_notes(forms) if changed else [])]
+
+
 def _write_onnx(
-    done: Compression, source: Any, tokenizer: Any, folder: Path, progress: Progress
-) -> GenerationTarget[Any]:
+    done: Compression, source: Any, tokenizer: Any, folder: Path, progress: Progress, *, runs: bool
+) -> GenerationTarget[Any] | None:
+    """Writes ONNX; gives what generates with it, where `runs` says that the model generates."""
     from skink.export.onnx import OrtRunner, export_onnx
 
     progress("onnx", 0, 1)
@@ -159,81 +183,17 @@ def _write_onnx(
         folder,
         tokenizer=tokenizer,
         config=source.config,
-        generation_config=source.generation_config,
+        generation_config=source.generation_config if runs else None,
     )
     progress("onnx", 1, 1)
+    if not runs:
+        return None
     runner: GenerationTarget[Any] = OrtRunner(folder, threads=torch.get_num_threads())
     return runner
 
 
-def _measure(
-    done: Compression,
-    source: Any,
-    folder: Path,
-    stored: torch.dtype,
-    held_out: Windows | None,
-    runtime: GenerationTarget[Any] | None,
-    options: CompressOptions,
-    progress: Progress,
-) -> dict[str, Measured]:
-    """Every form's size; its perplexity and speed too where that is wanted. What is measured is what was written."""
-    dense_cost = program_cost(done.dense.with_dtype(stored))
-    result_cost = program_cost(done.program.with_dtype(stored))
-    forms = {SOURCE: Measured(dense_cost), DENSE: Measured(dense_cost), RESULT: Measured(result_cost)}
-    if not options.evaluate:
-        return forms
-    models = {
-        SOURCE: source,
-        DENSE: to_huggingface(done.dense, source.config, source.generation_config),
-        RESULT: load(folder, device=options.device, dtype=options.dtype),
-    }
-    if held_out is not None:
-        for index, (form, model) in enumerate(models.items()):
-            progress("perplexity", index, len(models))
-            forms[form] = replace(forms[form], perplexity=score(model, held_out))
-        progress("perplexity", len(models), len(models))
-    targets: dict[str, GenerationTarget[Any]] = {form: HuggingFaceTarget(model) for form, model in models.items()}
-    if runtime is not None:
-        targets[RUNTIME] = runtime
-        forms[RUNTIME] = Measured(program_cost(done.program))
-    longest = getattr(source.config, "max_position_embeddings", None) or 1 << 30
-    prompt = min(options.speed.prompt, max(1, longest // 2))
-    speeds = measure_generation(
-        targets,
-        batch=options.speed.batch,
-        prompt=prompt,
-        new_tokens=min(options.speed.new_tokens, max(1, longest - prompt - 1)),
-        rounds=options.speed.rounds,
-        seed=options.seed,
-        progress=lambda done_rounds, total: progress("speed", done_rounds, total),
-    )
-    return {form: replace(measured, speed=speeds[form]) for form, measured in forms.items()}
-
-
-def _compare(
-    done: Compression,
-    source: Any,
-    stored: torch.dtype,
-    calibration: Windows | None,
-    held_out: Windows | None,
-    options: CompressOptions,
-    progress: Progress,
-) -> dict[str, Measured]:
-    """Perplexity of the recipe's alternatives, on the same text."""
-    if not options.evaluate or held_out is None:
-        return {}
-    measured: dict[str, Measured] = {}
-    for index, alternative in enumerate(done.recipe.compare):
-        progress("compare", index, len(done.recipe.compare))
-        other = compress_program(
-            source,
-            alternative,
-            calibration=calibration.tokens if calibration is not None else None,
-            seed=options.seed,
-            verify=1,
-        )
-        stored_program: Program = other.program.with_dtype(stored)
-        model = to_huggingface(stored_program.with_dtype(source.dtype), source.config, source.generation_config)
-        measured[alternative] = Measured(program_cost(stored_program), score(model, held_out))
-    progress("compare", 1, 1)
-    return measured
+def _add_to_card(folder: Path, report: Report) -> None:
+    """What was saved, at the end of the model card."""
+    card, section = folder / CARD_FILE, card_section(report)
+    if section and card.exists():
+        card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")

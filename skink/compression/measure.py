@@ -43,11 +43,20 @@ class SpeedOptions:
 
 @dataclass(frozen=True)
 class Measured:
-    """One form of the model: its size, and what was measured of it."""
+    """One form of the model: its size, and what was measured of it.
+
+    Args:
+        cost: in the dtype that it is stored in.
+        perplexity: on held-out text.
+        speed: of generation.
+        linear_seconds: that its linear layers take for the workload that `speed` was measured on.
+    """
 
     cost: ProgramCost
     perplexity: MeasuredPerplexity | None = None
     speed: MeasuredSpeed | None = None
+    linear_seconds: Spread | None = None
+    quality: tuple[rep.Quality, ...] = ()
 
 
 def score(model: Any, windows: Windows) -> MeasuredPerplexity:
@@ -84,15 +93,16 @@ def build_report(
     seed: int,
     dtype: str,
     notes: list[str],
+    layer_losses: Mapping[str, float] | None = None,
 ) -> rep.Report:
-    """Everything that was done and measured, as a report."""
+    """Everything that was done and measured, as a report; `layer_losses` are what single layers added, by name."""
     here = machine()
     dense = next(iter(forms.values()))
     return rep.Report(
         skink_version=version("skink"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=rep.Source(name=name, model_type=str(done.program.origin.get("model_type", ""))),
-        title=f"{name}, {done.recipe.describe() or 'empty recipe'}",
+        title=f"{name}, {str(done.recipe) or 'empty recipe'}",
         recipe=rep.Recipe(line=done.recipe.describe(), yaml=done.recipe.to_yaml()),
         calibration=None
         if calibration is None
@@ -109,10 +119,61 @@ def build_report(
         seed=seed,
         forms=[_form(form, measured) for form, measured in forms.items()],
         passes=[_pass_record(record) for record in done.result.passes],
-        layers=[_layer(layer) for layer in done.result.layers],
+        savings=savings(forms),
+        layers=[_layer(layer, (layer_losses or {}).get(layer.name)) for layer in done.result.layers],
         comparisons=_comparisons(comparisons, dense),
         notes=notes,
     )
+
+
+def savings(forms: Mapping[str, Measured]) -> list[rep.Saving]:
+    """What the recipe saves in each unit: the result against the same form without it, so that form's gain is left out.
+
+    Latency is the time to read the prompt and then to step `new_tokens` times.
+    """
+    if DENSE not in forms or RESULT not in forms:
+        return []
+    before, after = forms[DENSE], forms[RESULT]
+
+    def counted(name: str) -> rep.Saved:
+        ends = [rep.Amount(value=getattr(each.cost, name)) for each in (before, after)]
+        return rep.Saved(before=ends[0], after=ends[1])
+
+    found = [
+        rep.Saving(unit="params", linear=counted("linear_parameters"), model=counted("parameters")),
+        rep.Saving(unit="bytes", linear=counted("linear_bytes"), model=counted("bytes")),
+        rep.Saving(
+            unit="flops",
+            linear=counted("linear_macs_per_token"),
+            model=counted("macs_per_token"),
+            settings={"context": f"{after.cost.context} tokens"},
+        ),
+    ]
+    linear = _saved(before.linear_seconds, after.linear_seconds)
+    model = _saved(_seconds(before.speed), _seconds(after.speed))
+    if after.speed is not None and (linear or model):
+        settings = {key: value for key, value in _speed_settings(after.speed).items() if key != "seed"}
+        found.append(rep.Saving(unit="latency", linear=linear, model=model, settings=settings))
+    return found
+
+
+def _seconds(speed: MeasuredSpeed | None) -> Spread | None:
+    """Seconds to read the prompt and then to step `new_tokens` times."""
+    if speed is None:
+        return None
+    first, tokens = speed.first_token, speed.batch * speed.new_tokens
+    return Spread(
+        first.median + tokens / speed.decode.median,
+        first.low + tokens / speed.decode.high,
+        first.high + tokens / speed.decode.low,
+    )
+
+
+def _saved(before: Spread | None, after: Spread | None) -> rep.Saved | None:
+    if before is None or after is None:
+        return None
+    ends = [rep.Amount(value=spread.median, low=spread.low, high=spread.high) for spread in (before, after)]
+    return rep.Saved(before=ends[0], after=ends[1])
 
 
 def _comparisons(comparisons: Mapping[str, Measured], dense: Measured) -> list[rep.Comparison]:
@@ -144,6 +205,7 @@ def _form(name: str, measured: Measured) -> rep.Form:
             value=perplexity.value, nats=perplexity.nats_per_token, settings=_perplexity_settings(perplexity)
         ),
         speed=None if speed is None else _speed(speed),
+        quality=list(measured.quality),
     )
 
 
@@ -154,17 +216,18 @@ def _perplexity_settings(measured: MeasuredPerplexity) -> dict[str, Setting]:
 
 
 def _speed(measured: MeasuredSpeed) -> rep.Speed:
-    settings: dict[str, Setting] = {
-        key: getattr(measured, key) for key in ("batch", "prompt", "new_tokens", "rounds", "seed")
-    }
     return rep.Speed(
         prefill=_rate(measured.prefill),
         decode=_rate(measured.decode),
         first_token_ms=measured.first_token.median * 1e3,
         prefill_ratio=measured.prefill_ratio.median,
         decode_ratio=measured.decode_ratio.median,
-        settings=settings,
+        settings=_speed_settings(measured),
     )
+
+
+def _speed_settings(measured: MeasuredSpeed) -> dict[str, Setting]:
+    return {key: getattr(measured, key) for key in ("batch", "prompt", "new_tokens", "rounds", "seed")}
 
 
 def _rate(spread: Spread) -> rep.Rate:
@@ -186,5 +249,5 @@ def _pass_record(record: PassRecord) -> rep.PassRecord:
     )
 
 
-def _layer(layer: LayerRecord) -> rep.LayerRecord:
-    return rep.LayerRecord(**{**asdict(layer), "shape": layer.shape})
+def _layer(layer: LayerRecord, measured_loss: float | None) -> rep.LayerRecord:
+    return rep.LayerRecord(**{**asdict(layer), "shape": layer.shape}, measured_loss=measured_loss)

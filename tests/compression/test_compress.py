@@ -85,6 +85,15 @@ def test_a_name_loads_model_and_tokenizer(tmp_path: object) -> None:
     assert result.config.source["model_type"] == "llama"
 
 
+def test_the_model_that_ships_is_not_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"asked the hub for {arguments}")
+
+    for module in ("checkpoint", "loading", "sentences"):
+        monkeypatch.setattr(f"skink.export.huggingface.{module}.cached_file", refuse)
+    assert compress("stdlib-llama", []).config.source["model_type"] == "llama"
+
+
 def test_progress_names_every_pass() -> None:
     seen: list[str] = []
     compress(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skink.compression import compress_program
-from skink.compression.measure import DENSE, RESULT, Measured, build_report, score, speed_notes
+from skink.compression.measure import DENSE, RESULT, Measured, build_report, savings, score, speed_notes
 from skink.compression.texts import Windows
 from skink.evaluation import Speed, Spread
 from skink.graph.cost import program_cost
@@ -45,6 +45,40 @@ def test_sizes_are_those_of_the_programs(done) -> None:
     assert result.macs_per_token < source.macs_per_token
 
 
+def test_what_is_saved_is_counted_in_every_unit_against_the_same_form(done) -> None:
+    dense, small = program_cost(done.dense), program_cost(done.program)
+    forms = {
+        "source": Measured(dense, None, speed(1000.0)),
+        DENSE: Measured(dense, None, speed(100.0), Spread(0.5, 0.4, 0.6)),
+        RESULT: Measured(small, None, speed(200.0), Spread(0.25, 0.2, 0.3)),
+    }
+    params, size, work, latency = savings(forms)
+    assert [each.unit for each in (params, size, work, latency)] == ["params", "bytes", "flops", "latency"]
+    assert (params.linear.before.value, params.linear.after.value) == (dense.linear_parameters, small.linear_parameters)
+    assert (params.model.before.value, params.model.after.value) == (dense.parameters, small.parameters)
+    assert size.linear.after.value == 4 * small.linear_parameters
+    assert work.linear.after.value == small.linear_macs_per_token
+    assert work.settings == {"context": "512 tokens"}
+    assert (latency.linear.before.value, latency.linear.after.value) == (0.5, 0.25)
+    # A quarter of a second to the first token, and then 4 tokens at 100 and 200 a second; 50 to 200 and 100 to 400.
+    assert latency.model.before.model_dump() == pytest.approx({"value": 0.29, "low": 0.22, "high": 0.38})
+    assert latency.model.after.model_dump() == pytest.approx({"value": 0.27, "low": 0.21, "high": 0.34})
+    assert latency.settings == {"batch": 1, "prompt": 8, "new_tokens": 4, "rounds": 3}
+
+
+def test_without_speed_no_latency_is_claimed(done) -> None:
+    cost = Measured(program_cost(done.dense))
+    assert [each.unit for each in savings({DENSE: cost, RESULT: cost})] == ["params", "bytes", "flops"]
+    assert savings({"source": cost}) == []
+
+
+def test_what_single_layers_added_stands_beside_what_was_predicted(done) -> None:
+    name = next(layer.name for layer in done.result.layers if layer.decision != "kept dense")
+    found = {layer.name: layer.measured_loss for layer in report(done, layer_losses={name: 0.25}).layers}
+    assert found.pop(name) == 0.25
+    assert set(found.values()) == {None}
+
+
 def test_perplexity_comes_with_its_settings(done) -> None:
     source, result = report(done).forms
     with torch.no_grad():
@@ -75,7 +109,8 @@ def test_passes_and_layers_are_written_down(done) -> None:
     assert written.passes[1].options == "keep=0.5"
     assert written.passes[1].error == pytest.approx(done.result.passes[1].numbers.relative)
     assert [layer.name for layer in written.layers] == [layer.name for layer in done.result.layers]
-    assert "keep=0.5,method=whitened" in written.title
+    assert written.title == "tiny, low-rank{keep=0.5}"
+    assert "keep=0.5,method=" in written.recipe.line
     assert written.notes == ["a note"]
 
 

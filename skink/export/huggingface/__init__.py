@@ -1,4 +1,4 @@
-"""The Hugging Face form: a model that loads, generates, trains and saves as any other decoder.
+"""The Hugging Face form: a model that loads, runs, trains and saves as any other of its kind.
 
 Importing this package imports neither torch nor transformers: names are looked up when they are first used.
 """
@@ -11,6 +11,13 @@ from skink.export.huggingface.registration import register
 if TYPE_CHECKING:
     from skink.export.huggingface.cache import SkinkCache
     from skink.export.huggingface.config import SkinkConfig
+    from skink.export.huggingface.encoders import (
+        SkinkForMaskedLM,
+        SkinkForQuestionAnswering,
+        SkinkForSequenceClassification,
+        SkinkForTokenClassification,
+        SkinkModel,
+    )
     from skink.export.huggingface.loading import load, load_source
     from skink.export.huggingface.modeling import SkinkForCausalLM
     from skink.export.huggingface.saving import save, to_huggingface
@@ -19,6 +26,11 @@ _HOMES = {
     "SkinkCache": "cache",
     "SkinkConfig": "config",
     "SkinkForCausalLM": "modeling",
+    "SkinkForMaskedLM": "encoders",
+    "SkinkForQuestionAnswering": "encoders",
+    "SkinkForSequenceClassification": "encoders",
+    "SkinkForTokenClassification": "encoders",
+    "SkinkModel": "encoders",
     "load": "loading",
     "load_source": "loading",
     "save": "saving",
@@ -36,6 +48,11 @@ __all__ = [
     "SkinkCache",
     "SkinkConfig",
     "SkinkForCausalLM",
+    "SkinkForMaskedLM",
+    "SkinkForQuestionAnswering",
+    "SkinkForSequenceClassification",
+    "SkinkForTokenClassification",
+    "SkinkModel",
     "load",
     "load_source",
     "register",

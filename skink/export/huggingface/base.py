@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,8 @@ from skink.export.huggingface.checkpoint import (
     refuse_partial_load,
 )
 from skink.export.huggingface.config import SkinkConfig
-from skink.export.huggingface.functions import Functions
+from skink.export.huggingface.forms import refuse_other_kind
+from skink.export.huggingface.functions import DECODER_INPUTS, Functions
 from skink.graph.emit import build_tree, linear_owner, tied_names
 from skink.graph.program import Program
 from skink.graph.serialization import program_to_json
@@ -40,8 +41,17 @@ class SkinkPreTrainedModel(PreTrainedModel):
         copy: give the model tensors of its own. Otherwise it shares them with the program.
 
     Raises:
-        ModelError: MODEL-001, no program.
+        ModelError: MODEL-001, no program; -005, the program is of another kind of model.
+
+    Class attributes:
+        known_inputs: the inputs that `forward` can give a graph.
+        outputs: those that a graph must begin its results with.
     """
+
+    known_inputs: ClassVar[tuple[str, ...]] = DECODER_INPUTS
+    outputs: ClassVar[tuple[str, ...]] = ()
+    # What `skink.compress` did to make this model, where it made it: a `skink.compression.Compression`.
+    compression: Any = None
 
     config: SkinkConfig
     config_class = SkinkConfig
@@ -56,6 +66,7 @@ class SkinkPreTrainedModel(PreTrainedModel):
                 "a Skink model cannot be made from its configuration alone: what it computes is in a graph.",
                 fix="make it with skink.compress, or load a folder with skink.load.",
             )
+        refuse_other_kind(type(self), config, program)
         super().__init__(config)
         if program.is_meta:
             program = program.with_dtype(torch.get_default_dtype(), shapes_only=True)
@@ -66,7 +77,7 @@ class SkinkPreTrainedModel(PreTrainedModel):
             self.register_parameter(name, parameter)
         for name, buffer in tree.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self._functions = Functions(program)
+        self._functions = Functions(program, self.known_inputs)
         self._tied_weights_keys = tied_names(program, tree)
         self.config.tie_word_embeddings = bool(self._tied_weights_keys)
         self._embedding, self._head = _ends(program)
@@ -190,6 +201,6 @@ def _ends(program: Program) -> tuple[str, str]:
     lookups = [user for user in ids.users if user.target is aten.embedding.default]
     embedding = str(lookups[0].all_input_nodes[0].target).rpartition(".")[0] if lookups else ""
     node: fx.Node = program.graph.output_node().all_input_nodes[0]
-    while node.all_input_nodes and linear_owner(program, node) is None:
+    while node.all_input_nodes and node.target is not aten.linear.default:
         node = node.all_input_nodes[0]
     return embedding, linear_owner(program, node) or ""

@@ -1,4 +1,4 @@
-"""The configuration of a Skink model: what Hugging Face tools read from any decoder's, and where the model came from.
+"""The configuration of a Skink model: what Hugging Face tools read from any model's, and where the model came from.
 
 The graph is not here: it is in graph.json, next to config.json.
 """
@@ -21,11 +21,13 @@ _COPIED = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "type_vocab_size",
+    "problem_type",
 )
 
 
 class SkinkConfig(PreTrainedConfig):
-    """Sizes and token ids as in other decoders; all optional, and none decides what the model computes.
+    """Sizes and token ids as in other models; all optional, and none decides what the model computes.
 
     Args:
         source: what the model was made from: `model_type`, `class` and `name`.
@@ -46,6 +48,7 @@ class SkinkConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    type_vocab_size: int | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     source: dict[str, Any] | None = None
@@ -71,7 +74,7 @@ class SkinkConfig(PreTrainedConfig):
             dtype: of the trained weights.
         """
         text = source.get_text_config(decoder=True)
-        copied = {name: value for name in _COPIED if (value := getattr(text, name, None)) is not None}
+        copied: dict[str, Any] = {name: value for name in _COPIED if (value := getattr(text, name, None)) is not None}
         if isinstance(source, SkinkConfig):
             origin = source.source
         else:
@@ -81,4 +84,6 @@ class SkinkConfig(PreTrainedConfig):
             copied.setdefault("num_key_value_heads", heads)
             if "hidden_size" in copied:
                 copied.setdefault("head_dim", copied["hidden_size"] // heads)
+        if "ForSequence" in class_name or "ForToken" in class_name:
+            copied |= {"id2label": dict(text.id2label or {}), "label2id": dict(text.label2id or {})}
         return cls(**copied, tie_word_embeddings=tied, source=origin, dtype=dtype)

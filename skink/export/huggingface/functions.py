@@ -25,7 +25,7 @@ aten = torch.ops.aten
 Function = Callable[..., Any]
 
 # What a decoder's forward is given.
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
+DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,22 @@ class Functions:
 
     Args:
         program: the full-sequence graph.
+        known: the inputs that the model's forward can give it.
 
     Raises:
-        ModelError: MODEL-005 where it takes something that decoders do not.
+        ModelError: MODEL-005 where it takes something else.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, known: tuple[str, ...] = DECODER_INPUTS) -> None:
         self.program = program.with_dtype(program.dtype, shapes_only=True)
         self.inputs = tuple(entry.name for entry in program.inputs)
-        others = [name for name in self.inputs if name not in _INPUTS]
+        self.known = known
+        others = [name for name in self.inputs if name not in known]
         if others:
             raise ModelError(
                 "MODEL-005",
-                f"the graph takes {', '.join(others)}, which no decoder is given.",
-                why="the Hugging Face form is a decoder's, and this looks like an encoder.",
+                f"the graph takes {', '.join(others)}, which this kind of model is not given.",
+                why=f"it is given {', '.join(known)}.",
                 fix="export it with skink.export_onnx, or run program.module().",
             )
         self.counts = bool(counted_positions(self.program))
@@ -102,8 +104,10 @@ class Functions:
             if not variant.padded:
                 program = without_padding(program)
             cut = head_input(program)
-            lowered, _ = lower(program, device=variant.device, dtype=variant.dtype, training=variant.training)
-            self._lowered[key] = lowered, list(lowered.graph.nodes)[list(program.graph.nodes).index(cut)]
+            lowered, _ = lower(
+                program, device=variant.device, dtype=variant.dtype, training=variant.training, keep=[cut]
+            )
+            self._lowered[key] = lowered, next(node for node in lowered.graph.nodes if node.name == cut.name)
         lowered, node = self._lowered[key]
         ready = last_token_only(lowered, node) if variant.last_only else lowered
         return state_in_place(ready) if variant.in_place else ready
@@ -113,11 +117,18 @@ class Functions:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., "Functions"], tuple[Any, ...]]:
-        return _restore, (program_to_json(self.program),)
+        return _restore, (program_to_json(self.program), self.known)
 
 
-def _restore(data: dict[str, Any]) -> Functions:
-    return Functions(program_from_json(data))
+def _restore(data: dict[str, Any], known: tuple[str, ...]) -> Functions:
+    return Functions(program_from_json(data), known)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def make(functions: Functions, *variant: Any) -> bool:
+    """Makes a function while torch.compile traces a model, which must not trace the making."""
+    functions.get(Variant(*variant))
+    return True
 
 
 def state_in_place(program: Program) -> Program:

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from skink.errors import ModelError, OptionError, suggest
+from skink.export.huggingface.base import SkinkPreTrainedModel
 from skink.export.huggingface.checkpoint import (
     GRAPH_FILE,
     check_weights,
@@ -30,7 +31,7 @@ from skink.export.huggingface.checkpoint import (
     refuse_partial_load,
 )
 from skink.export.huggingface.config import SkinkConfig
-from skink.export.huggingface.modeling import SkinkForCausalLM
+from skink.export.huggingface.forms import DECODER, named_form
 from skink.export.huggingface.registration import register
 
 # The model that ships with Skink.
@@ -42,11 +43,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 def load(
     path: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
-) -> SkinkForCausalLM:
+) -> Any:
     """A model from a folder that Skink wrote (or from such a repository on the hub).
 
     Args:
-        path: the folder.
+        path: the folder. It holds a `SkinkForCausalLM`, or an encoder, `SkinkModel` or `SkinkForMaskedLM` and the like.
         device: where to put it; the CPU by default.
         dtype: `auto` is what is stored, but float32 on a CPU, where half precision is slow.
 
@@ -64,7 +65,8 @@ def load(
             why=f"it has no {GRAPH_FILE}, and config.json names another model_type.",
             fix=f"make one of it: skink compress {name} --out FOLDER.",
         )
-    loaded: SkinkForCausalLM = SkinkForCausalLM.from_pretrained(name, dtype=_choose_dtype(dtype, values, target))
+    form = named_form(SkinkConfig(architectures=values.get("architectures"))) or DECODER
+    loaded: SkinkPreTrainedModel = form.model_class.from_pretrained(name, dtype=_choose_dtype(dtype, values, target))
     nn.Module.to(loaded, target)
     return loaded
 
@@ -92,6 +94,8 @@ def load_source(
     target = torch.device(device or "cpu")
     values = _values(name)
     if values["model_type"] == SkinkConfig.model_type:
+        if not encoders:
+            refuse_encoder(name, SkinkConfig(architectures=values.get("architectures")))
         model: PreTrainedModel = load(name, device=target, dtype=dtype)
     else:
         model = _load_huggingface(name, values, _choose_dtype(dtype, values, target), encoders=encoders)
@@ -161,11 +165,35 @@ def _refuse_code(name: str, values: dict[str, Any]) -> None:
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that an encoder's checkpoint was saved from; None for a decoder's, and where it says nothing of it."""
+    form = named_form(config) if isinstance(config, SkinkConfig) else None
+    if form is not None and form.encodes:
+        ours: type[PreTrainedModel] = form.model_class
+        return ours
     if config.is_encoder_decoder or not config.architectures:
         return None
     named = getattr(transformers, config.architectures[0], None)
     encodes = isinstance(named, type) and issubclass(named, PreTrainedModel) and not named.can_generate()
     return named if encodes else None
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint was saved from an encoder. A decoder saved without its head is none."""
+    if encoder_class(config) is None or getattr(config, "is_decoder", False):
+        return False
+    return isinstance(config, SkinkConfig) or type(config) in AutoModelForMaskedLM._model_mapping
+
+
+def holds_encoder(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or repository holds an encoder; see `is_encoder`.
+
+    Raises:
+        ModelError: as `load_source`.
+    """
+    name = _resolve(name_or_path)
+    values = _values(name)
+    if values["model_type"] == SkinkConfig.model_type:
+        return is_encoder(SkinkConfig(architectures=values.get("architectures")))
+    return is_encoder(AutoConfig.from_pretrained(name, trust_remote_code=False))
 
 
 def refuse_encoder(name: str, config: PreTrainedConfig) -> None:
@@ -175,18 +203,13 @@ def refuse_encoder(name: str, config: PreTrainedConfig) -> None:
         ModelError: MODEL-005.
     """
     encoder = encoder_class(config)
-    # A decoder saved without its head is no encoder.
-    if (
-        encoder is None
-        or type(config) not in AutoModelForMaskedLM._model_mapping
-        or getattr(config, "is_decoder", False)
-    ):
+    if encoder is None or not is_encoder(config):
         return
     raise ModelError(
         "MODEL-005",
         f"{name!r} is an encoder ({encoder.__name__}), and this needs a decoder.",
-        why="Skink captures and inspects encoders, and cannot save a compressed one as a model yet.",
-        fix=f"look at it with skink inspect {name}, work on its program in Python by skink.capture, or give a decoder.",
+        why="an encoder writes no text: it can be inspected, compressed and exported.",
+        fix=f"look at it with skink inspect {name}, make it smaller with skink compress, or give a decoder.",
     )
 
 

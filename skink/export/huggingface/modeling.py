@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from skink.errors import ModelError
 from skink.export.huggingface.base import SkinkPreTrainedModel
 from skink.export.huggingface.cache import SkinkCache
-from skink.export.huggingface.functions import Function, Functions, Variant
+from skink.export.huggingface.functions import Function, Variant, make
 
 # Asked of any Hugging Face decoder, and not to be had of a graph.
 _REFUSED = {
@@ -24,9 +24,8 @@ _REFUSED = {
 class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
     """A causal language model that runs a program's graph; see `SkinkPreTrainedModel` for how it is made."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
     _is_stateful: ClassVar[bool] = False  # type: ignore[misc]
-    # What `skink.compress` did to make this model, where it made it: a `skink.compression.Compression`.
-    compression: Any = None
 
     def forward(
         self,
@@ -130,7 +129,7 @@ class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
         in_place = step and not training and not compiling and functions.grows(dtype)
         variant = Variant(step, padded, last_only, training, in_place, dtype, self.device.type)
         if compiling:
-            _make(functions, step, padded, last_only, training, in_place, dtype, variant.device)
+            make(functions, step, padded, last_only, training, in_place, dtype, variant.device)
             return functions.bound[variant], False
         return functions.get(variant), in_place
 
@@ -155,13 +154,6 @@ class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _make(functions: Functions, *variant: Any) -> bool:
-    """Makes a function while torch.compile traces a model, which must not trace the making."""
-    functions.get(Variant(*variant))
-    return True
 
 
 def _refuse(kwargs: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ _TABLE_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Let `AutoConfig`, `AutoModelForCausalLM` and `pipeline` know Skink folders, now or once they are imported."""
+    """Let `AutoConfig`, the Auto classes of models and `pipeline` know Skink folders, now or once they are imported."""
     if _TABLE_MODULE in sys.modules:
         _register_config()
     elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
@@ -24,13 +24,14 @@ def register() -> None:
 
 
 def register_model() -> None:
-    """Let `AutoModelForCausalLM` know the model class; called when a Skink configuration is made."""
-    from transformers import AutoModelForCausalLM
+    """Let `AutoModelForCausalLM` and its like know our classes; called when a Skink configuration is made."""
+    import transformers
 
     from skink.export.huggingface.config import SkinkConfig
-    from skink.export.huggingface.modeling import SkinkForCausalLM
+    from skink.export.huggingface.forms import FORMS
 
-    AutoModelForCausalLM.register(SkinkConfig, SkinkForCausalLM, exist_ok=True)
+    for form in FORMS:
+        getattr(transformers, form.auto).register(SkinkConfig, form.model_class, exist_ok=True)
 
 
 def _register_config() -> None:

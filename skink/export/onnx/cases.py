@@ -53,7 +53,8 @@ def make_cases(full: Program, stepped: Program, dtype: torch.dtype, *, seed: int
     generator = torch.Generator().manual_seed(seed)
     full, stepped = cast_program(full, dtype), cast_program(stepped, dtype)
     if not (stepped.state and {entry.name for entry in full.inputs} <= _DECODER_INPUTS and full.outputs == ("logits",)):
-        return [_module_case(full, generator)], []
+        read = any(entry.name == "input_ids" for entry in full.inputs)
+        return [_encoder_case(full, generator) if read else _module_case(full, generator)], []
     vocabulary, longest = _limits(full)
     notes: list[str] = []
     cases = [
@@ -98,15 +99,37 @@ def _limits(program: Program) -> tuple[int, int]:
     logits: Any = program.graph.output_node().args[0][0]  # type: ignore[index]
     vocabulary = int(logits.meta["val"].shape[-1])
     longest = 1 << 30
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
-        table: Any = node.args[0]
-        rows = int(table.meta["val"].shape[0])
+    for node, rows in _tables(program):
         if names.get(node.args[1]) == "input_ids":
             vocabulary = min(vocabulary, rows)
         else:
             # A table of positions; some families leave its first rows unused.
             longest = min(longest, rows - 2)
     return vocabulary, longest
+
+
+def _tables(program: Program) -> list[tuple[Any, int]]:
+    """Every look-up in a table, and the table's rows."""
+    lookups: list[Any] = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+    return [(node, int(node.args[0].meta["val"].shape[0])) for node in lookups]
+
+
+def _encoder_case(full: Program, generator: torch.Generator) -> Case:
+    """A batch of token ids, padded behind and read at once; of token types as many as the model knows."""
+    propagate(full)
+    placeholders = dict(zip(full.graph.find_nodes(op="placeholder"), full.inputs))
+    rows = {placeholders[node.args[1]].name: count for node, count in _tables(full) if node.args[1] in placeholders}
+    shape = (3, 7)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[1, 4:], mask[2, 1:] = 0, 0
+    inputs = {
+        entry.name: mask
+        if entry.name == PADDING_INPUT
+        else torch.randint(0, rows.get(entry.name, 1), shape, generator=generator)
+        for entry in full.inputs
+    }
+    outputs = dict(zip(full.outputs, full(**inputs)))
+    return Case("a padded batch", inputs, outputs, mask.bool(), (), None)
 
 
 def _prompt(

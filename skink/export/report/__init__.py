@@ -2,36 +2,46 @@
 
 from skink.export.report.files import HTML_NAME, JSON_NAME, read_report, write_report
 from skink.export.report.model import (
+    Amount,
     Calibration,
     Comparison,
     Form,
     LayerRecord,
     PassRecord,
     Perplexity,
+    Quality,
     Rate,
     Recipe,
     Rejection,
     Report,
+    Saved,
+    Saving,
     Source,
     Speed,
 )
+from skink.export.report.savings import card_section
 from skink.export.report.terminal import render
 
 __all__ = [
     "HTML_NAME",
     "JSON_NAME",
+    "Amount",
     "Calibration",
     "Comparison",
     "Form",
     "LayerRecord",
     "PassRecord",
     "Perplexity",
+    "Quality",
     "Rate",
     "Recipe",
     "Rejection",
     "Report",
+    "Saved",
+    "Saving",
     "Source",
     "Speed",
+    "card_section",
     "read_report",
     "render",
     "write_report",

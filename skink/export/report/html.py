@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 
 from skink.export.report import formatting as fmt
+from skink.export.report.losses import loss_sentence, nats
 from skink.export.report.markup import Child, Markup, document, join, tag
-from skink.export.report.model import Comparison, Form, LayerRecord, PassRecord, Report
+from skink.export.report.model import Comparison, Form, PassRecord, Report
 from skink.export.report.page_plots import comparison_plot, form_plots, layer_plots, pass_plots
+from skink.export.report.savings import LINEAR, MODEL, saving_lines, saving_rows
 from skink.export.report.summary import (
     Cell,
     Row,
@@ -28,11 +30,12 @@ def page(report: Report) -> str:
         tag(
             "main",
             _headline(report),
+            _savings(report),
             _notes(report.notes),
             form_plots(report),
             _comparisons(report.comparisons),
             _passes(report.passes),
-            _layers(report.layers),
+            _layers(report),
             _provenance(report),
         ),
         tag(
@@ -198,15 +201,25 @@ def _rejections(passes: Sequence[PassRecord]) -> Markup | None:
     return _details(f"{named:,} {'place' if named == 1 else 'places'} left alone", content)
 
 
-def _layers(layers: Sequence[LayerRecord]) -> Markup | None:
+def _savings(report: Report) -> Markup | None:
+    rows = [(row.label, _cell(row.linear), _cell(row.model)) for row in saving_rows(report)]
+    if not rows:
+        return None
+    caption = " ".join(saving_lines(report))
+    return _section("What was saved", table(caption, ("Counted or measured", LINEAR, MODEL), rows))
+
+
+def _layers(report: Report) -> Markup | None:
+    layers = report.layers
     if not layers:
         return None
+    with_loss = any(layer.predicted_loss is not None or layer.measured_loss is not None for layer in layers)
     several_kinds = len({layer.kind for layer in layers}) > 1
     cells = [
         (
             tag("span", layer.name, class_="name"),
             *((layer.kind,) if several_kinds else ()),
-            f"{layer.shape[0]} {fmt.TIMES} {layer.shape[1]}",
+            f" {fmt.TIMES} ".join(map(str, layer.shape)),
             layer.decision,
             fmt.MISSING if layer.rank is None else str(layer.rank),
             f"{layer.parameters_before:,}",
@@ -214,6 +227,7 @@ def _layers(layers: Sequence[LayerRecord]) -> Markup | None:
             _number(layer.predicted_error),
             _number(layer.baseline_error),
             _number(layer.weight_error),
+            *((nats(layer.predicted_loss), nats(layer.measured_loss)) if with_loss else ()),
             layer.reason,
         )
         for layer in layers
@@ -222,7 +236,9 @@ def _layers(layers: Sequence[LayerRecord]) -> Markup | None:
         "Predicted and plain SVD: relative error of the layer's output, from the energy discarded, at the same rank. "
         "Weight: relative Frobenius error of the weight itself."
     )
-    errors = ("Predicted", "Plain SVD", "Weight")
+    if with_loss:
+        caption += " Loss: nats per token that the edit should add, and that it alone added on held-out text."
+    errors = ("Predicted", "Plain SVD", "Weight", *(("Loss, predicted", "measured") if with_loss else ()))
     kind = ("Kind",) if several_kinds else ()
     shape = f"Out {fmt.TIMES} in"
     heads = ("Layer", *kind, shape, "Decision", "Rank", "Parameters before", "After", *errors, "Reason")
@@ -230,6 +246,7 @@ def _layers(layers: Sequence[LayerRecord]) -> Markup | None:
     return _section(
         "Layers",
         tag("p", layers_sentence(layers)),
+        tag("p", sentence) if (sentence := loss_sentence(report)) else None,
         layer_plots(layers),
         _details(count, table(caption, heads, cells, "layers")),
     )

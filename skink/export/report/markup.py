@@ -9,7 +9,7 @@ from html import escape
 from skink.export.report import formatting as fmt
 
 # HTML elements that have no closing tag.
-_VOID = frozenset({"meta", "br", "hr", "col"})
+_VOID = frozenset({"meta", "br", "hr", "col", "input"})
 
 
 class Markup(str):

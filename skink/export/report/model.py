@@ -56,6 +56,22 @@ class Perplexity(Record):
     settings: Settings
 
 
+class Quality(Record):
+    """Another measure of quality than perplexity, as the cosine of an encoder's embeddings with the source's.
+
+    Args:
+        name: as the reader sees it.
+        value: the number.
+        better: whether more of it is better, or less.
+        settings: what it was measured under; the same for all measures of a report that were taken together.
+    """
+
+    name: str
+    value: float
+    better: Literal["more", "less"]
+    settings: Settings
+
+
 class Rate(Record):
     """Tokens per second over the repeats of one measurement: median, slowest and fastest."""
 
@@ -93,10 +109,11 @@ class Form(Record):
     Args:
         name: as the reader sees it, for example "source (transformers)" or "skink, compressed".
         parameters: number of distinct parameters, tied ones counted once.
-        linear_parameters: those of them that stand in linear layers.
+        linear_parameters: those of them that stand in linear layers, the output head aside.
         bytes: size of the weights as stored.
         macs_per_token: multiply-accumulates of the linear layers and of attention for one token at `context`.
         context: number of tokens attended to in `macs_per_token`.
+        quality: measures in place of perplexity, or beside it.
     """
 
     name: str
@@ -107,6 +124,38 @@ class Form(Record):
     context: Count
     perplexity: Perplexity | None = None
     speed: Speed | None = None
+    quality: list[Quality] = Field(default_factory=list)
+
+
+class Amount(Record):
+    """A number of parameters, bytes, multiply-accumulates or seconds; with its range over repeats where it has one."""
+
+    value: Annotated[float, Field(ge=0)]
+    low: float | None = None
+    high: float | None = None
+
+
+class Saved(Record):
+    """One amount before the recipe and after it, in the same form of the model."""
+
+    before: Amount
+    after: Amount
+
+
+class Saving(Record):
+    """What the recipe saves in one unit.
+
+    Args:
+        unit: `params`; `bytes` as stored; `flops`: multiply-accumulates for one token; `latency`: measured seconds.
+        linear: of the linear layers: all that a budget counts, without embeddings and without the output head.
+        model: of the whole model.
+        settings: what it was counted or measured under, where that matters.
+    """
+
+    unit: Literal["params", "bytes", "flops", "latency"]
+    linear: Saved | None = None
+    model: Saved | None = None
+    settings: Mapping[str, Setting] = Field(default_factory=dict)
 
 
 class Rejection(Record):
@@ -145,21 +194,23 @@ class LayerRecord(Record):
 
     Args:
         name: qualified name in the source model.
-        kind: "linear".
-        shape: [out, in].
-        decision: whether it was factored.
-        rank: the rank kept; None for a layer kept dense.
+        kind: "linear" or another kind of weight.
+        shape: of the weight, [out, in] where it is linear.
+        decision: "kept dense", or what was done to it: "factored" and the like.
+        rank: the rank kept, if it has one; None for a layer kept dense.
         parameters_before, parameters_after: of this layer, bias included.
         predicted_error: relative output error, predicted from the energy that was discarded.
         weight_error: relative Frobenius error of the weight.
         baseline_error: relative output error of plain SVD at the same rank.
         reason: why it was kept dense, or "".
+        predicted_loss: what the edit should add to the loss of the whole model, in nats per token.
+        measured_loss: what this edit alone added on held-out text, in nats per token.
     """
 
     name: str
     kind: str = "linear"
-    shape: tuple[int, int]
-    decision: Literal["factored", "kept dense"]
+    shape: tuple[int, ...]
+    decision: str
     rank: Count | None = None
     parameters_before: Count
     parameters_after: Count
@@ -167,6 +218,8 @@ class LayerRecord(Record):
     weight_error: float | None = None
     baseline_error: float | None = None
     reason: str = ""
+    predicted_loss: float | None = None
+    measured_loss: float | None = None
 
 
 class Comparison(Record):
@@ -196,6 +249,7 @@ class Report(Record):
         versions: of python, torch, transformers and the like.
         seed: of everything random in the run.
         forms: the models compared, the first one being the reference.
+        savings: what the recipe saves, in every unit at once: the one meaning of "20% smaller".
         notes: sentences that the reader must not miss.
     """
 
@@ -211,6 +265,7 @@ class Report(Record):
     versions: Mapping[str, str] = Field(default_factory=dict)
     seed: int
     forms: list[Form] = Field(default_factory=list)
+    savings: list[Saving] = Field(default_factory=list)
     passes: list[PassRecord] = Field(default_factory=list)
     layers: list[LayerRecord] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)

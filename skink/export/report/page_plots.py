@@ -7,7 +7,7 @@ from skink.export.report import formatting as fmt
 from skink.export.report.markup import Child, Markup, join, tag
 from skink.export.report.model import Comparison, LayerRecord, PassRecord, Report
 from skink.export.report.plots import Bar, Column, bars, columns, largest
-from skink.export.report.summary import Role, headline, roles, settings_lines
+from skink.export.report.summary import KEPT, Role, headline, roles, settings_lines
 
 # The colour of what Skink made, in plots that do not compare forms.
 _OURS = 2
@@ -97,7 +97,7 @@ def _legend(layers: Sequence[LayerRecord], with_errors: bool) -> Markup:
     ]
     if with_errors and any(layer.baseline_error is not None for layer in layers):
         key.append(tag("span", tag("i", class_="theirs"), "plain SVD at the same rank"))
-    if any(layer.decision == "kept dense" for layer in layers):
+    if any(layer.decision == KEPT for layer in layers):
         key.append(tag("span", tag("i", class_="ours alone"), "kept dense, at full rank"))
     key.append("Across: the number of the block.")
     return tag("p", key, class_="legend")
@@ -106,7 +106,7 @@ def _legend(layers: Sequence[LayerRecord], with_errors: bool) -> Markup:
 def _errors(role: Role) -> list[Column]:
     places = []
     for label, layer in role.layers:
-        dense = layer.decision == "kept dense"
+        dense = layer.decision == KEPT
         name = f"{layer.name}: {'kept dense' if dense else f'error {_number(layer.predicted_error)}'}"
         if layer.baseline_error is not None:
             name += f", plain SVD {_number(layer.baseline_error)}"
@@ -120,7 +120,7 @@ def _ranks(role: Role) -> list[Column]:
     places = []
     for label, layer in role.layers:
         full = min(layer.shape)
-        dense = layer.decision == "kept dense" or layer.rank is None
+        dense = layer.decision == KEPT or layer.rank is None
         name = f"{layer.name}: {'kept dense' if dense else f'rank {layer.rank}'} of {full}"
         places.append(Column(label, name, full if dense else layer.rank, left_alone=dense))
     return places

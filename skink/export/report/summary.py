@@ -1,6 +1,7 @@
 """What the terminal and the page both show: the headline table, settings, and layers grouped by their role."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -9,6 +10,8 @@ from typing import Literal
 from skink.export.report import formatting as fmt
 from skink.export.report.model import Form, LayerRecord, PassRecord, Perplexity, Rate, Report, Setting, Speed
 
+# The decision on a layer that nothing was done to.
+KEPT = "kept dense"
 Tone = Literal["better", "worse", "even"]
 # A change smaller than this is no change to the reader.
 _EVEN = 5e-4
@@ -84,6 +87,8 @@ def headline(report: Report) -> list[Row]:
             ),
             _loss_row(forms),
         ]
+    names = dict.fromkeys(measure.name for form in forms for measure in form.quality)
+    rows += [_quality_row(name, forms) for name in names]
     if any(form.speed for form in forms):
         rows += _speed_rows("Prefill, tok/s", forms, lambda speed: speed.prefill, lambda speed: speed.prefill_ratio)
         rows += _speed_rows("Decode, tok/s", forms, lambda speed: speed.decode, lambda speed: speed.decode_ratio)
@@ -105,7 +110,12 @@ def settings_lines(report: Report) -> list[SettingsLine]:
     contexts: list[Mapping[str, Setting] | None] = [{"context": f"{form.context} tokens"} for form in report.forms]
     lines += _settings_of("MACs", report.forms, contexts, " · linear layers and attention; 1 MAC is 2 FLOPs")
     measured: list[Perplexity | None] = [form.perplexity for form in report.forms]
-    lines += _settings_of("Perplexity", report.forms, [each.settings if each else None for each in measured])
+    settings = [form.quality[0].settings if form.quality else None for form in report.forms]
+    # What is measured otherwise has no perplexity to speak of.
+    if any(measured) or not any(settings):
+        lines += _settings_of("Perplexity", report.forms, [each.settings if each else None for each in measured])
+    if any(settings):
+        lines += _settings_of("Quality", report.forms, settings)
     timed: list[Speed | None] = [form.speed for form in report.forms]
     return lines + _settings_of("Speed", report.forms, [each.settings if each else None for each in timed])
 
@@ -142,15 +152,17 @@ def roles(layers: Sequence[LayerRecord]) -> list[Role]:
 
 def layers_sentence(layers: Sequence[LayerRecord]) -> str:
     """One sentence or two on what became of the layers."""
-    factored = [layer for layer in layers if layer.decision == "factored"]
+    changed = [layer for layer in layers if layer.decision != KEPT]
+    counts = Counter(layer.decision for layer in changed) or {"factored": 0}
+    done = [f"{count} of {len(layers)} layers {decision}" for decision, count in counts.items()]
     before = sum(layer.parameters_before for layer in layers)
     after = sum(layer.parameters_after for layer in layers)
-    text = f"{len(factored)} of {len(layers)} layers factored, {len(layers) - len(factored)} kept dense: "
+    text = f"{', '.join(done)}, {len(layers) - len(changed)} kept dense: "
     text += f"{fmt.count(before)} parameters became {fmt.count(after)}"
     text += f" ({fmt.change(after / before)})." if before else "."
     pairs = [
         (layer.predicted_error, layer.baseline_error)
-        for layer in factored
+        for layer in changed
         if layer.predicted_error is not None and layer.baseline_error
     ]
     if pairs:
@@ -164,10 +176,11 @@ def layers_sentence(layers: Sequence[LayerRecord]) -> str:
 
 
 # For each quantity with settings: the digits of its ratio, and what two forms must share to be compared.
-_DECIMALS = {"MACs": 3, "Perplexity": 4, "Speed": 2}
+_DECIMALS = {"MACs": 3, "Perplexity": 4, "Quality": 4, "Speed": 2}
 _CONDITIONS: dict[str, Callable[[Form], object]] = {
     "MACs": lambda form: form.context,
     "Perplexity": lambda form: form.perplexity and form.perplexity.settings,
+    "Quality": lambda form: form.quality and form.quality[0].settings,
     "Speed": lambda form: form.speed and form.speed.settings,
 }
 
@@ -213,6 +226,23 @@ def _loss_row(forms: Sequence[Form]) -> Row:
         else:
             cells.append(Cell(fmt.plain(measured.nats)))
     return Row("nats/token", tuple(cells), minor=True, quantity="Perplexity")
+
+
+def _quality_row(name: str, forms: Sequence[Form]) -> Row:
+    """One measure of quality. What only compares with the first form has no entry there, and no ratio to it."""
+    measured = [next((entry for entry in form.quality if entry.name == name), None) for form in forms]
+    first = measured[0]
+    cells = []
+    for form, entry in zip(forms, measured, strict=True):
+        if entry is None:
+            cells.append(Cell(fmt.MISSING))
+            continue
+        relative = None
+        if first is not None and form is not forms[0]:
+            relative = _ratio(entry.value, first.value, form, forms[0], "Quality")
+        cell = Cell(fmt.plain(entry.value), value=entry.value)
+        cells.append(_compared(cell, relative, _DECIMALS["Quality"], less=entry.better == "less"))
+    return Row(name, tuple(cells), quantity="Quality")
 
 
 def _speed_rows(

@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from skink.export.report import formatting as fmt
+from skink.export.report.losses import loss_sentence
 from skink.export.report.model import Comparison, PassRecord, Report
+from skink.export.report.savings import LINEAR, MODEL, saving_lines, saving_rows
 from skink.export.report.summary import Row, headline, layers_sentence, rejections_by_reason, settings_lines
 
 _TONES = {"better": "green", "worse": "red", "even": "dim"}
@@ -25,12 +27,15 @@ def render(report: Report) -> Group:
     parts: list[RenderableType] = [_title(report)]
     if report.forms:
         parts += [_headline(report), _definitions([(line.label, line.text) for line in settings_lines(report)])]
+    if report.savings:
+        parts += [Text(), _savings(report), *(Text(fmt.clean(line), style="dim") for line in saving_lines(report))]
     if report.comparisons:
         parts += [Text(), *_comparisons(report.comparisons)]
     if report.passes:
         parts += [Text(), _passes(report.passes), *_rejections(report.passes)]
     if report.layers:
-        parts += [Text(), Text(layers_sentence(report.layers))]
+        sentences = (layers_sentence(report.layers), loss_sentence(report))
+        parts += [Text(), *(Text(fmt.clean(sentence)) for sentence in sentences if sentence)]
     if report.notes:
         parts += [Text(), *(_bullet(note) for note in report.notes)]
     return Group(*parts)
@@ -58,6 +63,20 @@ def _headline(report: Report) -> Table:
     gap = " " if len(report.forms) <= 3 else "\n"
     for row in headline(report):
         table.add_row(*_cells(row, gap))
+    return table
+
+
+def _savings(report: Report) -> Table:
+    table = _table()
+    table.add_column(Text("What was saved", style="bold"), no_wrap=True)
+    for label in (LINEAR, MODEL):
+        table.add_column(label, justify="right", overflow="fold")
+    for row in saving_rows(report):
+        cells = []
+        for cell in (row.linear, row.model):
+            cells.append(Text(f"{cell.text} " if cell.ratio_text else cell.text))
+            cells[-1].append(cell.ratio_text, style=_TONES[cell.tone])
+        table.add_row(row.label, *cells)
     return table
 
 

@@ -26,3 +26,28 @@ def test_the_lines_are_python(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
     assert f"# {tmp_path.name}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "line"),
+    [
+        ("SkinkModel", "feature-extraction", "print(model(**inputs).last_hidden_state.shape)"),
+        ("SkinkForMaskedLM", "fill-mask", "print(model(**inputs).logits.shape)"),
+        ("SkinkForQuestionAnswering", "question-answering", "print(model(**inputs).start_logits.shape)"),
+        ("SkinkForCausalLM", "text-generation", "model.generate("),
+    ],
+)
+def test_each_kind_of_model_has_its_task_and_its_lines(name: str, task: str, line: str) -> None:
+    text = card_text("small", SkinkConfig(architectures=[name]))
+    assert f"pipeline_tag: {task}\n" in text
+    assert line in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_folder_for_sentences_is_loaded_by_sentence_transformers(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    write_card(tmp_path, SkinkConfig(architectures=["SkinkModel"]))
+    text = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: sentence-similarity\n" in text
+    assert f'SentenceTransformer("{tmp_path.name}")' in text
+    assert text.index("import skink") < text.index("from sentence_transformers")

@@ -14,6 +14,7 @@ from skink.export.huggingface.functions import (
 )
 from skink.graph.capture import capture
 from skink.graph.state import derive_step
+from tests.export.huggingface.built import factored_program
 from tests.programs import batch, canonical
 
 aten = torch.ops.aten
@@ -41,6 +42,17 @@ def test_functions_are_made_once_for_each_variant() -> None:
     assert functions.get(replace(FULL, dtype=torch.bfloat16)) is not first
 
 
+def test_thin_layers_run_as_one_and_the_last_token_is_still_found() -> None:
+    program, inputs = factored_program(), batch(2, 7)
+    functions = Functions(program)
+    tree = program.module()
+    with torch.no_grad():
+        expected = program(*inputs)[0]
+        for last_only in (False, True):
+            found = functions.get(replace(FULL, last_only=last_only))(tree, *inputs)[0]
+            torch.testing.assert_close(found, expected[:, -1:] if last_only else expected, rtol=1e-4, atol=1e-5)
+
+
 def test_functions_survive_pickling() -> None:
     program, inputs = canonical("llama"), batch(2, 5)
     functions = pickle.loads(pickle.dumps(Functions(program)))
@@ -52,5 +64,5 @@ def test_functions_survive_pickling() -> None:
 def test_a_graph_that_takes_what_decoders_do_not_is_refused() -> None:
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     program = capture(BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1)))
-    with pytest.raises(ModelError, match=r"\[MODEL-005\] the graph takes token_type_ids, which no decoder is given"):
+    with pytest.raises(ModelError, match=r"\[MODEL-005\] the graph takes token_type_ids, which this kind of model"):
         Functions(program)

@@ -10,7 +10,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config
 
 from skink.errors import ModelError, OptionError
 from skink.export.huggingface import SkinkForCausalLM, load, load_source
-from skink.export.huggingface.loading import encoder_class, refuse_encoder
+from skink.export.huggingface.encoders import SkinkModel
+from skink.export.huggingface.loading import encoder_class, holds_encoder, is_encoder, refuse_encoder
+from skink.export.huggingface.saving import save
+from skink.graph.capture import capture
 from tests.export.huggingface.built import factored_model, fingerprint, word_tokenizer
 from tests.models import tiny
 from tests.programs import batch
@@ -211,6 +214,24 @@ def test_an_encoder_is_loaded_where_it_is_wanted(tmp_path: Path) -> None:
     assert tokenizer is None
     with pytest.raises(ModelError, match=r"\[MODEL-005\] .* is an encoder \(BertModel\)"):
         load_source(tmp_path)
+
+
+def test_an_encoder_in_our_form_is_one(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    source = BertModel(BertConfig(**sizes, num_hidden_layers=1)).eval()
+    save(capture(source), source.config, None, None, tmp_path)
+    assert holds_encoder(tmp_path)
+    assert type(load_source(tmp_path, encoders=True)[0]) is type(load(tmp_path)) is SkinkModel
+    with pytest.raises(ModelError, match=r"\[MODEL-005\] .* is an encoder \(SkinkModel\)"):
+        load_source(tmp_path)
+
+
+def test_decoders_are_no_encoders(skink_folder: Path, llama_folder: Path) -> None:
+    assert not holds_encoder(skink_folder)
+    assert not holds_encoder(llama_folder)
+    assert not holds_encoder("stdlib-llama")
+    assert not is_encoder(GPT2Config(architectures=["GPT2Model"]))
+    assert is_encoder(BertConfig(architectures=["BertForMaskedLM"]))
 
 
 def test_a_decoder_without_its_head_is_no_encoder() -> None:

@@ -3,6 +3,7 @@ import json
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from skink.export.onnx.cases import make_cases, save_cases
 from skink.export.onnx.export import _canonical
@@ -71,3 +72,15 @@ def test_cases_on_disk_hold_everything(tmp_path):
         for index, case in enumerate(cases):
             assert torch.equal(file.get_tensor(f"{index}.output.logits"), case.outputs["logits"])
             assert torch.equal(file.get_tensor(f"{index}.real"), case.real)
+
+
+def test_an_encoder_is_tried_on_a_padded_batch_of_different_tokens():
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    program = _canonical(BertModel(BertConfig(**sizes, num_hidden_layers=1)).eval())
+    (case,), notes = make_cases(program, program, torch.float32)
+    assert notes == []
+    assert case.real.tolist() == [[True] * 7, [True] * 4 + [False] * 3, [True] + [False] * 6]
+    assert torch.equal(case.inputs["attention_mask"].bool(), case.real)
+    assert len(case.inputs["input_ids"].unique()) > 5
+    assert case.inputs["token_type_ids"].unique().tolist() == [0, 1]
+    assert list(case.outputs) == ["last_hidden_state", "pooler_output"]

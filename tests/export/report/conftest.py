@@ -6,6 +6,7 @@ from math import log
 import pytest
 
 from skink.export.report import (
+    Amount,
     Calibration,
     Comparison,
     Form,
@@ -16,6 +17,8 @@ from skink.export.report import (
     Recipe,
     Rejection,
     Report,
+    Saved,
+    Saving,
     Source,
     Speed,
 )
@@ -64,7 +67,34 @@ def layer(name: str, dense: bool = False) -> LayerRecord:
         predicted_error=0.12,
         weight_error=0.31,
         baseline_error=0.2,
+        predicted_loss=0.0005,
     )
+
+
+def saved(before: float, after: float, spread: float = 0.0) -> Saved:
+    ends = [
+        Amount(value=each, low=each - spread if spread else None, high=each + spread if spread else None)
+        for each in (before, after)
+    ]
+    return Saved(before=ends[0], after=ends[1])
+
+
+SAVINGS = [
+    Saving(unit="params", linear=saved(5_241_728, 4_193_152), model=saved(7_241_728, 6_193_152)),
+    Saving(unit="bytes", linear=saved(20_966_912, 16_772_608), model=saved(28_966_912, 24_772_608)),
+    Saving(
+        unit="flops",
+        linear=saved(5_241_728, 4_193_152),
+        model=saved(6_241_728, 5_193_152),
+        settings={"context": "256 tokens"},
+    ),
+    Saving(
+        unit="latency",
+        linear=saved(0.120, 0.100, 0.005),
+        model=saved(0.305, 0.290, 0.010),
+        settings={"batch": 1, "prompt": 128, "new_tokens": 64, "rounds": 7},
+    ),
+]
 
 
 @pytest.fixture
@@ -93,6 +123,7 @@ def make_report() -> Callable[[int], Report]:
                 form("skink, empty recipe", 7_241_728, 4.3121, speed(3260.0, 241.8)),
                 form("skink, compressed", 6_193_152, 4.3401, speed(3642.0, 287.1, decode_ratio=1.61)),
             ],
+            savings=SAVINGS,
             passes=[
                 PassRecord(name="canonicalize", options="", seconds=0.4, edits=58, error=2e-7, kl=0.0, verified=2),
                 PassRecord(

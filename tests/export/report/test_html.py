@@ -55,6 +55,26 @@ def test_every_number_and_layer_is_there(report):
         assert part in shown, part
 
 
+def test_what_was_saved_is_a_table_of_its_own(report):
+    section = next(each for each in parsed(page(report)).iter("section") if words(each).startswith("What was saved"))
+    assert [row.find("th").text for row in section.iter("tr")][1:] == [
+        "Parameters",
+        "Bytes",
+        "MACs per token",
+        "Latency",
+    ]
+    assert "1 MAC is 2 FLOPs; context 256 tokens." in words(section)
+
+
+def test_losses_have_columns_where_some_are_known(report):
+    layers = [layer.model_copy(update={"measured_loss": 0.0625}) for layer in report.layers]
+    known = words(parsed(page(report.model_copy(update={"layers": layers}))))
+    assert "Loss, predicted" in known
+    assert "0.0625" in known
+    layers = [layer.model_copy(update={"predicted_loss": None}) for layer in report.layers]
+    assert "Loss, predicted" not in words(parsed(page(report.model_copy(update={"layers": layers}))))
+
+
 def test_perplexity_stands_with_its_settings_wherever_it_is_shown(report):
     root = parsed(page(report))
     settings = "text held-out · windows 64 · window length 256"
@@ -79,7 +99,7 @@ def poisoned(report, text, free=False, key=""):
         }
     if isinstance(report, list):
         return [poisoned(each, text, key=key) for each in report]
-    return text + report if isinstance(report, str) and key not in ("created", "decision") else report
+    return text + report if isinstance(report, str) and key not in ("created", "decision", "unit") else report
 
 
 def test_hostile_text_is_escaped_everywhere(report):

@@ -1,4 +1,4 @@
-from skink.export.report import Rejection
+from skink.export.report import Quality, Rejection
 from skink.export.report import formatting as fmt
 from skink.export.report.summary import headline, layers_sentence, rejections_by_reason, roles, settings_lines, smallest
 
@@ -125,3 +125,17 @@ def test_layers_sentence(report):
     )
     dense = [layer for layer in report.layers if layer.decision == "kept dense"]
     assert layers_sentence(dense) == "0 of 2 layers factored, 2 kept dense: 65.5 k parameters became 65.5 k (±0.0%)."
+
+
+def test_other_measures_of_quality_stand_in_the_table_with_their_settings(report):
+    settings = {"texts": 5}
+    recall = [Quality(name="Recall", value=value, better="more", settings=settings) for value in (0.8, 0.4, 0.9)]
+    divergence = Quality(name="Divergence", value=0.5, better="less", settings=settings)
+    changed = replaced(report, 0, quality=[recall[0]], perplexity=None)
+    changed = replaced(changed, 1, quality=[recall[1], divergence], perplexity=None)
+    first, second, *_ = cells(changed, "Recall")
+    assert (first.text, first.ratio) == ("0.8000", None)
+    assert (second.ratio_text, second.tone) == (f"{fmt.TIMES}0.5000", "worse")
+    # What compares with the first form has nothing to be divided by.
+    assert [cell.ratio for cell in cells(changed, "Divergence")][:2] == [None, None]
+    assert "texts 5" in next(line.text for line in settings_lines(changed) if line.quantity == "Quality")

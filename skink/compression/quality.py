@@ -1,0 +1,68 @@
+"""What is measured of encoders in place of perplexity: embeddings and what they find, or the scores of a head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from skink.compression.texts import HeldOutTexts
+from skink.evaluation.embeddings import Pooling, agreement, closeness, embed, order, retrieval
+from skink.export.report import Quality
+from skink.export.report.model import Setting
+
+
+def encoder_quality(
+    models: Mapping[str, Any], texts: HeldOutTexts, pooling: Pooling, *, embeds: bool
+) -> dict[str, tuple[Quality, ...]]:
+    """Measures of each model; what compares two models compares with the first, which has no such measure.
+
+    Args:
+        models: encoders of the same texts, by name; the first is the source.
+        texts: that none of them was calibrated on.
+        pooling: how embeddings are made.
+        embeds: whether the models give hidden states; otherwise they give scores, as heads do.
+    """
+    settings: dict[str, Setting] = {
+        "data": texts.source,
+        "data_hash": texts.sha256[:12],
+        "texts": len(texts.texts.mask),
+    }
+    return _of_embeddings(models, texts, pooling, settings) if embeds else _of_scores(models, texts, settings)
+
+
+def _of_embeddings(
+    models: Mapping[str, Any], texts: HeldOutTexts, pooling: Pooling, settings: dict[str, Setting]
+) -> dict[str, tuple[Quality, ...]]:
+    settings = settings | {
+        "queries": len(texts.queries.mask),
+        "pooling": pooling.mode + (", normalised" if pooling.normalise else ""),
+    }
+    measured: dict[str, tuple[Quality, ...]] = {}
+    first: list[Any] = []
+    for name, model in models.items():
+        found = [embed(model, part, pooling) for part in (texts.texts, texts.queries, texts.passages)]
+        values: dict[str, float] = {}
+        if first:
+            close, ordered = closeness(first[0], found[0]), order(first[1], first[2], found[1], found[2])
+            values |= {"Cosine to source": close.mean, "Cosine, 5th percentile": close.low}
+            values |= {"Order of passages": ordered.spearman, "Same first passage": ordered.top_1}
+        else:
+            first = found
+        hits = retrieval(found[1], found[2])
+        values |= {"Recall@1": hits.recall_1, "Recall@10": hits.recall_10, "MRR": hits.mrr}
+        measured[name] = tuple(
+            Quality(name=measure, value=value, better="more", settings=settings) for measure, value in values.items()
+        )
+    return measured
+
+
+def _of_scores(
+    models: Mapping[str, Any], texts: HeldOutTexts, settings: dict[str, Setting]
+) -> dict[str, tuple[Quality, ...]]:
+    (first, source), *others = models.items()
+    measured: dict[str, tuple[Quality, ...]] = {first: ()}
+    for name, model in others:
+        found = agreement(source, model, texts.texts)
+        measured[name] = (
+            Quality(name="Same first choice", value=found.same, better="more", settings=settings),
+            Quality(name="Divergence, nats", value=found.divergence, better="less", settings=settings),
+        )
+    return measured
