@@ -17,6 +17,7 @@ from skink.cli.bisect import bisect
 from skink.cli.compress import compress
 from skink.cli.console import DEFECT, INTERRUPTED, TERMINATED, Session
 from skink.cli.evaluate import evaluate
+from skink.cli.explore import explore
 from skink.cli.export import export
 from skink.cli.generate import generate
 from skink.cli.inspect import inspect
@@ -114,6 +115,7 @@ for _name, _command in (
     ("generate", generate),
     ("export", export),
     ("bench", bench),
+    ("explore", explore),
     ("passes", passes),
     ("bisect", bisect),
     ("repro", repro),

@@ -77,9 +77,19 @@ def compress(
     evaluate: Annotated[
         bool,
         typer.Option(
-            "--evaluate/--no-evaluate", help="Measure perplexity and speed before and after.", rich_help_panel=_MEASURE
+            "--evaluate/--no-evaluate",
+            help="Measure perplexity and speed before and after; of an encoder, its embeddings or scores.",
+            rich_help_panel=_MEASURE,
         ),
     ] = True,
+    measure_layers: Annotated[
+        bool,
+        typer.Option(
+            "--measure-layers",
+            help="Also measure what each factored layer alone adds to the loss. Takes one perplexity for each layer.",
+            rich_help_panel=_MEASURE,
+        ),
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.", metavar="N", rich_help_panel=_MEASURE)] = 1,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of each prompt.", metavar="N", rich_help_panel=_MEASURE)
@@ -126,6 +136,7 @@ def compress(
             texts=TextOptions(calibration_windows, held_out_windows, length),
             speed=SpeedOptions(batch=batch, prompt=prompt_tokens, new_tokens=new_tokens, rounds=rounds),
             evaluate=evaluate,
+            measure_layers=measure_layers,
             onnx=onnx,
             overwrite=overwrite,
             dtype=dtype,
@@ -203,17 +214,31 @@ def _show_folder(session: Session, out: Path, files: dict[str, int]) -> None:
     for file, length in files.items():
         table.add_row(Text(file), size(length), _WHAT.get(file, ""))
     session.show(Text(f"{out}", style="bold"), table, "")
-    lines = [f"skink generate {shlex.quote(str(out))} 'def main():'"]
-    if any(file.startswith("onnx/") for file in files):
+    session.show(Text("Use it", style="bold"), *(f"  {line}" if line else "" for line in _use(out, files)))
+
+
+def _use(out: Path, files: dict[str, int]) -> list[str]:
+    """Lines of a shell and of Python that run the result."""
+    from skink.export.huggingface import SkinkConfig
+    from skink.export.huggingface.forms import DECODER, named_form
+
+    form = named_form(SkinkConfig.from_pretrained(str(out))) or DECODER
+    lines = [] if form.encodes else [f"skink generate {shlex.quote(str(out))} 'def main():'"]
+    if not form.encodes and any(file.startswith("onnx/") for file in files):
         lines.append(f"skink generate {shlex.quote(str(out / 'onnx'))} 'def main():'    # in ONNX Runtime")
-    lines += [
-        "",
-        "import skink                                     # in Python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    lines += ["", "import skink                                     # in Python"]
+    if "modules.json" in files:
+        return [
+            *lines[1:],
+            "from sentence_transformers import SentenceTransformer",
+            f"SentenceTransformer({str(out)!r})",
+        ]
+    return [
+        *lines,
+        f"from transformers import {form.auto}, AutoTokenizer",
+        f"model = {form.auto}.from_pretrained({str(out)!r})",
         f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})",
     ]
-    session.show(Text("Use it", style="bold"), *(f"  {line}" if line else "" for line in lines))
 
 
 _WHAT = {

@@ -1,7 +1,8 @@
-"""`skink eval`: perplexity with its settings."""
+"""`skink eval`: perplexity, questions and tasks, with their settings."""
 
 import dataclasses
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -9,6 +10,10 @@ from rich.text import Text
 
 from skink.cli.arguments import AsJson, Device, Dtype, Model, check_place
 from skink.cli.console import session_of
+
+if TYPE_CHECKING:
+    from skink.cli.progress import PhaseProgress
+    from skink.evaluation import Accuracy, Documents
 
 
 def evaluate(
@@ -28,11 +33,19 @@ def evaluate(
         int, typer.Option(min=2, help="Tokens in a window; at most what the model's positions allow.", metavar="N")
     ] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows at once.", metavar="N")] = 8,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Multiple-choice questions of each kind, made from the text.", metavar="N")
+    ] = 0,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-eval too, where it is installed: names or YAML files.", metavar="TASK..."),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", metavar="N")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the perplexity of MODEL on text, and say under which settings."""
+    """Measure the perplexity of MODEL on text, and what else is asked for, and say under which settings."""
     session = session_of(context)
     check_place(dtype, device)
     from skink.cli.quiet import quiet_transformers
@@ -42,7 +55,10 @@ def evaluate(
         from skink.cli.progress import PhaseProgress
         from skink.compression.texts import read_documents
         from skink.evaluation import held_out_perplexity
+        from skink.evaluation.harness import check_tasks, run_tasks
 
+        if tasks:
+            check_tasks(tasks)
         documents = read_documents(text or "stdlib", split="held-out")
         with PhaseProgress(session) as progress:
             progress("load", 0, 1)
@@ -60,9 +76,19 @@ def evaluate(
                 batch=batch,
                 progress=lambda done, total: progress("perplexity", done, total),
             )
+            answered = _answers(loaded.model, tokenizer, documents, questions, progress) if questions else []
+            if tasks:
+                progress("tasks", 0, 1)
+            scores = run_tasks(loaded.model, tokenizer, tasks, limit=task_limit) if tasks else ()
+            progress("tasks", 1, 1)
     values = dataclasses.asdict(measured)
     if session.as_json:
-        session.emit({"model": model, "perplexity": values.pop("value"), **values})
+        content = {"model": model, "perplexity": values.pop("value"), **values}
+        if questions:
+            content["questions"] = [dataclasses.asdict(each) for each in answered]
+        if tasks:
+            content["tasks"] = [dataclasses.asdict(each) for each in scores]
+        session.emit(content)
         return
     step = f", one every {measured.stride:,.0f} tokens" if measured.stride is not None else ""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -74,4 +100,21 @@ def evaluate(
     table.add_row("text", Text(f"{measured.source} (sha256 {measured.data_hash[:12]})"))
     table.add_row("windows", f"{measured.windows} of {measured.length} tokens{step}")
     table.add_row("run", f"{measured.dtype} on {measured.device}, batch {measured.batch}")
+    for each in answered:
+        table.add_row(each.kind, f"{100 * each.value:.1f}% ± {100 * each.standard_error:.1f} of {each.n} questions")
+    for score in scores:
+        table.add_row(score.name, f"{100 * score.accuracy:.1f}% {score.score} of {score.n} documents")
     session.show(Text(model, style="bold"), table)
+
+
+def _answers(
+    model: Any, tokenizer: Any, documents: "Documents", count: int, progress: "PhaseProgress"
+) -> "list[Accuracy]":
+    """Accuracy on each kind of question that the text gives."""
+    from skink.evaluation import answer
+    from skink.exploration.qualities import questions_from
+
+    return [
+        answer(model, each, progress=partial(progress, f"{each.kind} questions"))
+        for each in questions_from(documents, tokenizer, count, 0).questions
+    ]

@@ -33,13 +33,16 @@ def export(
     from skink.cli.quiet import quiet_transformers
 
     with quiet_transformers():
-        from skink.cli.models import load_model
+        from skink.cli.models import is_onnx, load_model
         from skink.cli.progress import PhaseProgress
+        from skink.export.huggingface.loading import holds_encoder
         from skink.export.onnx import export_onnx
 
         with PhaseProgress(session) as progress:
             progress("load", 0, 1)
-            loaded = load_model(model)
+            # A folder that is ONNX already is refused by load_model, in its own words.
+            encoder = not is_onnx(model) and holds_encoder(model)
+            loaded = load_model(model, encoders=encoder)
             progress("load", 1, 1)
             progress("onnx", 0, 1)
             report = export_onnx(
@@ -79,10 +82,12 @@ def _show(session: Session, report: "OnnxReport") -> None:
     for note in report.notes:
         table.add_row("note", Text(note))
     session.show(Text(str(report.folder), style="bold"), table, "")
-    session.show(f"  skink generate {report.folder} 'def main():'    # in ONNX Runtime")
+    if any(name.startswith("past_key_values.") for name in report.interface["inputs"]):
+        session.show(f"  skink generate {report.folder} 'def main():'    # in ONNX Runtime")
 
 
 def _check_text(report: "OnnxReport") -> Text:
     if report.check is None:
         return Text("no")
-    return Text(f"{report.check.tokens} greedy tokens and all logits, against PyTorch, in a fresh process")
+    greedy = f"{report.check.tokens} greedy tokens and all logits" if report.check.tokens else "all results"
+    return Text(f"{greedy}, against PyTorch, in a fresh process")

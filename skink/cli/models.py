@@ -71,29 +71,27 @@ def tokenizer_of(name: str, loaded: Loaded) -> Any:
     return loaded.tokenizer
 
 
-def captured_program(name: str, *, meta: bool, encoders: bool = True) -> "Program":
+def captured_program(name: str, *, meta: bool) -> "Program":
     """A model's program: of a Skink folder the one that it holds, of any other as captured, not yet canonical.
 
     Args:
         name: as in `load_model`.
         meta: read the configuration only; weights have shapes and no values.
-        encoders: take encoders too.
 
     Raises:
-        ModelError: MODEL-001 ... -003, -005 for an encoder that is not wanted.
+        ModelError: MODEL-001 ... -003.
         CaptureError: CAPTURE-002 ... -004.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from skink.export.huggingface import SkinkConfig, SkinkForCausalLM
+    from skink.export.huggingface import SkinkConfig
+    from skink.export.huggingface.base import SkinkPreTrainedModel
     from skink.export.huggingface.checkpoint import read_graph
-    from skink.export.huggingface.loading import encoder_class, refuse_encoder
+    from skink.export.huggingface.loading import encoder_class
     from skink.graph.capture import capture
 
     config = _configuration(name)
-    if not encoders:
-        refuse_encoder(name, config)
     if meta:
         if isinstance(config, SkinkConfig):
             return read_graph(_place(name), {})
@@ -105,7 +103,7 @@ def captured_program(name: str, *, meta: bool, encoders: bool = True) -> "Progra
         # As stored, so that sizes are those of the files.
         stored = str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")
         model = load_model(name, dtype=stored, encoders=True).model
-    if isinstance(model, SkinkForCausalLM):
+    if isinstance(model, SkinkPreTrainedModel):
         return model.program
     program = capture(model)
     program.origin |= {"model_type": model.config.model_type, "name": name}

@@ -20,13 +20,14 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
     Raises:
         SkinkError: as `compress_to_folder` would, as far as that can be known.
     """
+    from skink.export.huggingface.loading import holds_encoder
     from skink.graph.cost import program_cost
     from skink.graph.pipeline import Pipeline
     from skink.passes.canonicalize import Canonicalize
 
     pipeline = Pipeline((Canonicalize(), *recipe.passes))
     texts = _texts(name, recipe, options)
-    program = captured_program(name, meta=True, encoders=False)
+    program = captured_program(name, meta=True)
     cost = program_cost(program)
     stages = [{"pass": str(entry), "exactness": entry.exactness} for entry in pipeline.passes]
     content: dict[str, Any] = {
@@ -55,8 +56,9 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
             split, Text(f"{text['source']}: {text['documents']} documents, {text['characters']:,} characters")
         )
     if not texts:
-        table.add_row("text", "none: nothing is calibrated, and perplexity is not measured")
-    table.add_row("measured", "perplexity and speed, before and after" if options.evaluate else "sizes only")
+        table.add_row("text", "none: nothing is calibrated, and quality is not measured")
+    quality = "embeddings or scores" if holds_encoder(name) else "perplexity and speed"
+    table.add_row("measured", f"{quality}, before and after" if options.evaluate else "sizes only")
     table.add_row("written to", Text(str(out) + (", and ONNX to its folder onnx" if options.onnx else "")))
     session.show(table, Text("Dry run: nothing was written.", style="dim"))
 

@@ -1,6 +1,8 @@
 import math
+import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM
 
 from skink.evaluation import perplexity, text_files, token_windows
@@ -43,3 +45,17 @@ def test_empty_text_is_an_error(run: Run, tiny: Path, tmp_path: Path) -> None:
     done = run("eval", tiny, "--text", tmp_path / "empty.txt", "--json")
     assert done.code == 1
     assert done.json["error"]["code"] == "CALIBRATION-001"
+
+
+def test_questions_when_asked(run: Run, tiny: Path, text: Path) -> None:
+    arguments = ("eval", tiny, "--text", text, "--windows", 1, "--length", 16, "--questions", 3)
+    (found,) = run(*arguments, "--json").json["questions"]
+    assert (found["kind"], found["n"], len(found["correct"])) == ("next-line", 3, 3)
+    assert "of 3 questions" in run(*arguments).stdout
+
+
+def test_tasks_need_the_harness(monkeypatch: pytest.MonkeyPatch, run: Run, tiny: Path, text: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = run("eval", tiny, "--text", text, "--tasks", "hellaswag", "--json")
+    assert done.code == 1
+    assert done.json["error"]["code"] == "TASK-001"

@@ -35,15 +35,19 @@ def test_an_encoder_is_refused(tmp_path: Path, meta: bool) -> None:
 
 
 @pytest.mark.parametrize("meta", [True, False])
-@pytest.mark.parametrize(("cls", "output"), [(BertModel, "last_hidden_state"), (BertForMaskedLM, "logits")])
+@pytest.mark.parametrize(
+    ("cls", "outputs"),
+    [(BertModel, ("last_hidden_state", "pooler_output")), (BertForMaskedLM, ("logits",))],
+    ids=["none", "head"],
+)
 def test_an_encoder_is_captured_as_what_it_was_saved_from(
-    tmp_path: Path, cls: type[BertModel], output: str, meta: bool
+    tmp_path: Path, cls: type[BertModel], outputs: tuple[str, ...], meta: bool
 ) -> None:
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     cls(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
     program = captured_program(str(tmp_path), meta=meta)
     assert program.is_meta is meta
-    assert program.outputs == (output,)
+    assert program.outputs == outputs
     assert [entry.name for entry in program.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
 
 
@@ -56,10 +60,9 @@ def test_the_model_that_ships_has_a_name() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ("compress", "--recipe", "low-rank{method=plain}", "--out", "OUT"),
-        ("compress", "--recipe", "low-rank{method=plain}", "--out", "OUT", "--dry-run"),
         ("generate", "def"),
-        ("export", "--onnx", "OUT"),
+        ("eval",),
+        ("bench",),
         ("bisect", "--recipe", "low-rank{method=plain}"),
     ],
     ids=" ".join,
@@ -75,4 +78,14 @@ def test_commands_that_need_a_decoder_refuse_an_encoder(
     assert "[MODEL-005]" in done.stderr
     assert f"is an encoder ({cls.__name__})" in done.stderr
     assert "skink inspect" in done.stderr
-    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_be_measured_of_an_encoder(run: Run, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "bert")
+    done = run(
+        "compress", tmp_path / "bert", "--recipe", "low-rank{method=plain}", "--out", tmp_path / "o", "--dry-run"
+    )
+    assert done.code == 0, done.stderr
+    assert "embeddings or scores, before and after" in done.stdout
+    assert not (tmp_path / "o").exists()

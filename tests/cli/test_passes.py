@@ -64,9 +64,9 @@ def test_options_are_listed_with_types_and_defaults(run: Run) -> None:
     assert low_rank["exactness"] == "approximate"
     assert (low_rank["requires"], low_rank["yields"]) == ("canonical", "rewritten")
     assert (options["keep"]["type"], options["keep"]["default"]) == ("float", 0.8)
-    assert options["method"]["type"] == "whitened|plain"
+    assert options["method"]["type"] == "two-sided|whitened|asvd|fisher|plain"
     assert options["targets"]["type"] == "list of str"
-    assert "share of the parameters" in options["keep"]["help"]
+    assert "share of the budget's unit" in options["keep"]["help"]
 
 
 def test_recipes_that_ship_are_listed(run: Run) -> None:
