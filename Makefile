@@ -3,6 +3,7 @@
 # make check        formatting, lint and types
 # make zoo          every family of transformers through Skink; writes docs/zoo.md (half an hour)
 # make bench        CPU benchmarks; make bench-gpu: GPU benchmarks
+# make bench-quality   what each method of decomposition loses, and the study (two hours)
 # make clean        remove what was built (not the environment)
 #
 # All of them share one virtual environment, made when it is missing or out of date. PYTHON=... chooses its interpreter.
@@ -14,14 +15,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 CPP := CMakeLists.txt build_backend.py $(shell find skink -name '*.h' -o -name '*.cpp')
 
-.PHONY: quickstart test check zoo bench bench-gpu clean environment
+.PHONY: quickstart test check zoo bench bench-gpu bench-quality clean environment
 
 quickstart: $(VENV)/.skink
 	$(BIN)/skink compress stdlib-llama --recipe quickstart --out build/quickstart --overwrite --onnx \
 		--prompt "class Path:"
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -34,11 +35,15 @@ zoo: $(VENV)/.dev
 bench: $(VENV)/.skink
 	@set -e; for suite in benchmarks/cpu/*.py; do echo "== $$suite"; $(BIN)/python $$suite; done
 
-# No op has a GPU kernel yet, so there is nothing to measure.
+# There is nothing here yet: the one GPU kernel, of low_rank_linear, waits for a machine to be timed on.
 bench-gpu: $(VENV)/.skink
 	@set -e; suites=$$(ls benchmarks/gpu/*.py 2>/dev/null || true); \
-	test -n "$$suites" || echo "There are no GPU benchmarks yet: no op has a GPU kernel."; \
+	test -n "$$suites" || echo "There are no GPU benchmarks yet."; \
 	for suite in $$suites; do echo "== $$suite"; $(BIN)/python $$suite; done
+
+bench-quality: $(VENV)/.skink
+	$(BIN)/python benchmarks/quality/low_rank.py --out benchmarks/results/low_rank_quality.md
+	$(BIN)/python benchmarks/quality/study.py --out build/study --images docs/images
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

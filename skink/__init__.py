@@ -12,6 +12,7 @@ from skink.export.huggingface.registration import register
 if TYPE_CHECKING:
     from skink.compression import compress
     from skink.errors import SkinkError
+    from skink.exploration import Exploration, ExploreOptions, explore
     from skink.export.huggingface import SkinkForCausalLM, load
     from skink.export.onnx import export_onnx
     from skink.graph.capture import capture
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 register()
 
 _HOMES = {
+    "Exploration": "skink.exploration",
+    "ExploreOptions": "skink.exploration",
     "Pass": "skink.graph.passes",
     "Pipeline": "skink.graph.pipeline",
     "Program": "skink.graph.program",
@@ -30,11 +33,14 @@ _HOMES = {
     "SkinkForCausalLM": "skink.export.huggingface",
     "capture": "skink.graph.capture",
     "compress": "skink.compression",
+    "explore": "skink.exploration",
     "export_onnx": "skink.export.onnx",
     "load": "skink.export.huggingface",
 }
 
 __all__ = [
+    "Exploration",
+    "ExploreOptions",
     "Pass",
     "Pipeline",
     "Program",
@@ -42,6 +48,7 @@ __all__ = [
     "SkinkForCausalLM",
     "capture",
     "compress",
+    "explore",
     "export_onnx",
     "load",
 ]

@@ -24,6 +24,13 @@ CODES: dict[str, str] = {
     "RECIPE-002": "a recipe that cannot be read",
     "RECIPE-003": "a pass that needs a stage which the one before it does not leave",
     "RECIPE-004": "a pass whose package cannot be imported",
+    "SPACE-001": "a design space that is unknown or cannot be read",
+    "SPACE-002": "an axis, a placeholder or a condition that a design space cannot use",
+    "SPACE-003": "a point of a design space that is no recipe",
+    "SPACE-004": "a design space with no points for a model, or with too many",
+    "SPACE-005": "an output folder with results of another model",
+    "SPACE-006": "a worker process that died",
+    "TASK-001": "an lm-eval task that cannot be run",
     "REWRITE-001": "rules that undo each other without end",
     "VERIFY-001": "a graph that breaks the rules of its stage after a pass",
     "VERIFY-002": "numbers changed by a pass that promised not to change them",
@@ -31,6 +38,7 @@ CODES: dict[str, str] = {
     "REPRO-001": "a reproducer folder that cannot be read, or whose passes are not here",
     "STATE-001": "an operator that mixes tokens in a way Skink cannot step",
     "STATE-002": "an operator that mixes tokens, or is not known not to, and declares no state",
+    "BUDGET-001": "a budget that even the cheapest choices exceed",
     "CALIBRATION-001": "calibration text that gives no tokens, or too few",
     "CALIBRATION-002": "calibration needed and none given",
     "CALIBRATION-003": "calibration statistics that are not finite",
@@ -103,6 +111,14 @@ class RecipeError(SkinkError, ValueError):
     """A recipe that cannot be read or ordered."""
 
 
+class SpaceError(SkinkError, ValueError):
+    """A design space that cannot be explored."""
+
+
+class TaskError(SkinkError):
+    """A task of another package's evaluation that cannot be run."""
+
+
 class RewriteError(SkinkError):
     """Rules that cannot be applied to the end."""
 
@@ -121,6 +137,10 @@ class ReproducerError(SkinkError):
 
 class StateError(SkinkError):
     """A graph whose step form cannot be derived."""
+
+
+class BudgetError(SkinkError):
+    """A budget that cannot be met."""
 
 
 class CalibrationError(SkinkError):

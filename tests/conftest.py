@@ -1,5 +1,6 @@
 """What all tests share: a seed, one thread for each worker, and an environment to set."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 
 from skink.kernels.cpp.library import library
 from skink.settings import settings
+from tests.exports import remembered
 
 # The same examples everywhere, however slow the machine is.
 hypothesis_settings.register_profile("skink", derandomize=True, deadline=None, max_examples=30)
@@ -18,9 +20,22 @@ hypothesis_settings.load_profile("skink")
 FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi3", "gpt_neox", "olmo2", "opt", "mixtral")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`: what shares a family, or else a file, runs in one process, which makes it only once."""
+    for item in items:
+        family = item.callspec.params.get("family") if isinstance(item, pytest.Function) and _varies(item) else None
+        item.add_marker(pytest.mark.xdist_group(str(family or item.path)))
+
+
+def _varies(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+    # No test depends on how quick this machine is.
+    os.environ.setdefault("SKINK_BREAK_EVEN", "off")
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +45,19 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What failures leave in the system's folder for temporary files goes where pytest clears up."""
+    """What failures leave in the system's folder for temporary files, and measured times, go where pytest clears up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        patch.setenv("SKINK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        settings.cache_clear()
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exports() -> Iterator[None]:
+    """Equal models are exported once per process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", remembered(torch.export.export))
         yield
 
 

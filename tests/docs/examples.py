@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
 import torch
@@ -14,7 +15,14 @@ from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 
 import skink
+from skink.budget import Curve, allocate
 from skink.evaluation import HuggingFaceTarget, text_files
+from skink.evaluation.harness import run_tasks
+from skink.exploration import workers
+from skink.exploration.axes import ModelFacts
+from skink.exploration.points import expand
+from skink.exploration.space import load_space
+from skink.exploration.store import Store
 from skink.export.folder import output_folder
 from skink.export.huggingface import load_source
 from skink.graph.bisect import bisect
@@ -136,7 +144,7 @@ def _meta() -> None:
 def _not_finite() -> None:
     model: Any = build("llama")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-    skink.compress(model, "low-rank", calibration=torch.zeros(2, 8, dtype=torch.int64), verify=0)
+    skink.compress(model, "low-rank{method=whitened}", calibration=torch.zeros(2, 8, dtype=torch.int64), verify=0)
 
 
 def _cut_short() -> None:
@@ -193,6 +201,12 @@ def _cut_onnx() -> None:
     OrtRunner("broken")
 
 
+def _out_of_reach() -> None:
+    factored = Curve("q_proj", torch.tensor([2.0, 0.0]), torch.tensor([30.0, 100.0]))
+    dense = Curve("k_proj", torch.tensor([0.0]), torch.tensor([100.0]))
+    allocate([factored, dense], 100.0)
+
+
 def _prefix_mask() -> None:
     def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return key < 2
@@ -200,6 +214,37 @@ def _prefix_mask() -> None:
     with_prefix = partial(masking_utils.create_causal_mask, or_mask_function=prefix)
     with patch.object(modeling_llama, "create_causal_mask", with_prefix):
         skink.capture(build("llama"))
+
+
+def _points(recipe: str, keep: list[float], **content: object) -> None:
+    space = load_space({"axes": {"keep": keep}, "recipe": recipe, **content})
+    expand(space, ModelFacts((0, 1), ("mlp.up_proj",)))
+
+
+def _too_many_points() -> None:
+    axes = {name: list(range(1, 101)) for name in ("a", "b", "c")}
+    expand(load_space({"axes": axes, "recipe": "low-rank{ignore=[$a,$b,$c]}"}), ModelFacts((), ()))
+
+
+def _other_model() -> None:
+    for name, fingerprint in (("other", "2" * 64), ("this", "1" * 64)):
+        Store(Path("map"), model=name, fingerprint=fingerprint)
+
+
+def _dying_worker() -> None:
+    class Broken:
+        def submit(self, *task: object) -> None:
+            raise BrokenProcessPool(
+                "A process in the process pool was terminated abruptly while the future was running or pending."
+            )
+
+    task: Any = (None, None)
+    list(workers._side_by_side(cast("Any", Broken()), [task]))
+
+
+def _no_harness() -> None:
+    with patch.dict("sys.modules", {"lm_eval": None}):
+        run_tasks(None, None, ["hellaswag"])
 
 
 EXAMPLES: dict[str, Callable[[], object]] = {
@@ -219,12 +264,20 @@ EXAMPLES: dict[str, Callable[[], object]] = {
     "RECIPE-002": lambda: load_recipe("low-rank{keep=0.8"),
     "RECIPE-003": lambda: skink.Pipeline((LowRank(),)),
     "RECIPE-004": _broken_package,
+    "SPACE-001": lambda: load_space("quik"),
+    "SPACE-002": lambda: _points("low-rank{keep=$keeep}", [0.5]),
+    "SPACE-003": lambda: _points("low-rank{keep=$keep}", [0.5, 1.5]),
+    "SPACE-004": _too_many_points,
+    "SPACE-005": _other_model,
+    "SPACE-006": _dying_worker,
+    "TASK-001": _no_harness,
     "VERIFY-001": lambda: _run(ReluInPlace()),
     "VERIFY-002": lambda: _run(HalveLogits()),
     "BISECT-001": lambda: bisect(canonical("llama"), skink.Pipeline((LowRank(method="plain"),), start=Stage.CANONICAL)),
     "REPRO-001": _no_reproducer,
     "STATE-001": _counted_positions,
     "STATE-002": lambda: derive_step(skink.capture(RunningSum(), (torch.zeros(2, 4, 8),))),
+    "BUDGET-001": _out_of_reach,
     "CALIBRATION-002": lambda: skink.compress(tiny("llama"), "low-rank"),
     "CALIBRATION-003": _not_finite,
     "CALIBRATION-004": lambda: skink.compress(tiny("llama"), "low-rank", calibration=torch.full((2, 8), 200)),

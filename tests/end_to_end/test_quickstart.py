@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "out"
     done = _process(
         *("-m", "skink", "compress", "stdlib-llama", "--recipe", "quickstart", "--out", str(out), "--onnx"),
-        *("--calibration-windows", "48", "--held-out-windows", "24"),
+        *("--calibration-windows", "16", "--held-out-windows", "8"),
         *("--rounds", "1", "--prompt-tokens", "32", "--new-tokens", "8"),
     )
     assert done.returncode == 0, done.stderr
@@ -84,11 +84,12 @@ def test_the_weights_on_disk_are_smaller_than_the_source_s(folder: Path) -> None
 
 
 @pytest.mark.slow
-def test_whitened_beats_plain(report: Report) -> None:
-    whitened, plain = report.comparisons
+def test_the_recipe_beats_plain(report: Report) -> None:
+    recipe, plain = report.comparisons
     assert plain.name == "low-rank{keep=0.8,method=plain}"
-    assert abs(whitened.keep - plain.keep) < 1e-9
-    assert whitened.ratio_to_dense - 1.0 < 0.9 * (plain.ratio_to_dense - 1.0)
+    # Uniform ranks are rounded down, each by itself.
+    assert 0.0 <= recipe.keep - plain.keep < 0.005
+    assert recipe.ratio_to_dense - 1.0 < 0.2 * (plain.ratio_to_dense - 1.0)
 
 
 @pytest.mark.slow
