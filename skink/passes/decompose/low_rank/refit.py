@@ -15,6 +15,7 @@ cross-validation, Stone 1974).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, fx
@@ -53,6 +54,8 @@ def refit(dense: Program, program: Program, replaced: Mapping[str, str], context
     padding = None if context.padding is None else context.padding[picked]
     batches = token_batches(dense, context.calibration[picked], padding=padding)
     counted = [real_tokens(batch) if PADDING_INPUT in batch else None for batch in batches]
+    windows = [len(next(iter(batch.values()))) for batch in batches]
+    starts = list(accumulate(windows, initial=0))
     before = _Stepwise(dense, batches, [one for _, one, _ in pairs])
     after = _Stepwise(program, batches, [two for _, _, two in pairs])
     changed = 0
@@ -66,14 +69,32 @@ def refit(dense: Program, program: Program, replaced: Mapping[str, str], context
                 exact, delivered = before.value(one, index), after.value(two, index)
                 rows = counted_rows(exact, real)
                 x, y = (value.reshape(-1, value.shape[-1]) for value in (exact, delivered))
-                x, y = (x, y) if rows is None else (x[rows], y[rows])
-                for half, part in zip(halves, (slice(len(x) // 2), slice(len(x) // 2, None)), strict=True):
-                    half.add(x[part], y[part])
+                second = _in_second_half(x, starts[index], len(picked), windows[index])
+                for half, part in zip(halves, (~second, second), strict=True):
+                    chosen = part if rows is None else part & rows
+                    half.add(x[chosen], y[chosen])
         found = fitted(down, *halves)
         if found is not None:
             program.set_weight(name, found, buffer=name in program.buffers)
             changed += 1
     return changed, len(pairs)
+
+
+def _in_second_half(rows: Tensor, start: int, windows: int, here: int) -> Tensor:
+    """Which rows [N, in] of a batch are of the text's second half: those of every other window, bool[N].
+
+    Halves do not hang on how windows fall into batches, and no window lies in both, unless there is one.
+
+    Args:
+        rows: as many of each window.
+        start: windows in earlier batches.
+        windows: in all batches.
+        here: in this one.
+    """
+    place = torch.arange(len(rows), device=rows.device)
+    if windows == 1 or len(rows) % here:
+        return place >= len(rows) // 2
+    return (place // (len(rows) // here) + start) % 2 == 1
 
 
 def spread_windows(windows: Tensor, padding: Tensor | None, tokens: int) -> Tensor:

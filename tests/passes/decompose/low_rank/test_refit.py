@@ -1,8 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from skink.graph.calibration import token_batches
 from skink.passes.decompose import LowRank
+from skink.passes.decompose.low_rank import refit as module
 from skink.passes.decompose.low_rank.refit import Half, fitted, spread_windows
 from tests.graph.programs import canonical
 from tests.passes.decompose.programs import captured, logits, run, text
@@ -113,3 +117,17 @@ def test_a_decoder_comes_nearer_on_the_text_that_it_was_fitted_to(family):
     exact = logits(program, ids)
     assert float((logits(refitted, ids) - exact).norm()) < 0.97 * float((logits(once, ids) - exact).norm())
     assert dict(refitted.weights()).keys() == dict(once.weights()).keys()
+
+
+@pytest.mark.parametrize("length", [24, 7])
+def test_it_does_not_hang_on_how_windows_fall_into_batches(length, monkeypatch):
+    """Few tokens, so that halves of the text judge each other: both must be the same windows whatever the batch."""
+    program, ids = canonical("llama"), text(7, length)
+    options = LowRank(keep=0.5, method="whitened", allocation="uniform", refit=True)
+    found = []
+    for batch in (7, 1, 3):
+        monkeypatch.setattr(module, "token_batches", partial(token_batches, batch=batch))
+        found.append(dict(run(program, options, calibration=ids)[1].weights()))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
