@@ -10,7 +10,6 @@ from hypothesis import settings as hypothesis_settings
 
 from skink.kernels.cpp.library import library
 from skink.settings import settings
-from tests.exports import remembered
 
 # The same examples everywhere, however slow the machine is.
 hypothesis_settings.register_profile("skink", derandomize=True, deadline=None, max_examples=30)
@@ -50,14 +49,6 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         patch.setenv("SKINK_CACHE", str(tmp_path_factory.mktemp("cache")))
         settings.cache_clear()
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def exports() -> Iterator[None]:
-    """Equal models are exported once per process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.export, "export", remembered(torch.export.export))
         yield
 
 

@@ -115,8 +115,8 @@ def skink(job: Job, covariances: list[Tensor]) -> tuple[Callable[[], None], Call
     from skink.graph.pipeline import Pipeline
     from skink.graph.rewriter import Rewriter
     from skink.passes.canonicalize import Canonicalize
-    from skink.passes.decompose import low_rank_candidates
     from skink.passes.decompose.low_rank import LowRank
+    from skink.passes.decompose.low_rank import candidates as low_rank_candidates
 
     program = capture(model(job))
     Pipeline((Canonicalize(),)).run(program, verify=0)

@@ -202,12 +202,14 @@ def agreement(left: Any, right: Any, texts: Texts, *, batch: int = 16) -> Agreem
 def _results(model: Any, texts: Texts, *, batch: int) -> Iterator[tuple[Any, Tensor]]:
     """A model's results on a few texts at a time, and their mask."""
     parameter = next(model.parameters())
-    with torch.no_grad():
-        for tokens, mask in zip(texts.tokens.split(batch), texts.mask.split(batch), strict=True):
-            # Texts lie beside others of other lengths: what is padding for all of them is not read.
-            width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
-            shown = mask[:, :width].to(parameter.device)
-            yield model(input_ids=tokens[:, :width].to(parameter.device), attention_mask=shown), shown
+    for tokens, mask in zip(texts.tokens.split(batch), texts.mask.split(batch), strict=True):
+        # Texts lie beside others of other lengths: what is padding for all of them is not read.
+        width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
+        shown = mask[:, :width].to(parameter.device)
+        # Not around the yield: whoever reads would be without gradients, and perhaps stay so.
+        with torch.no_grad():
+            result = model(input_ids=tokens[:, :width].to(parameter.device), attention_mask=shown)
+        yield result, shown
 
 
 def _scores(result: Any) -> Sequence[Tensor]:

@@ -122,3 +122,10 @@ def test_no_text_is_refused() -> None:
     nothing = torch.zeros(0, 3, dtype=torch.int64)
     with pytest.raises(InputError, match=r"\[INPUT-001\]"):
         agreement(Reader(scores=True), Reader(scores=True), Texts(nothing, nothing))
+
+
+def test_gradients_are_on_afterwards() -> None:
+    texts = Texts(torch.tensor([[3, 4], [5, 0]]), torch.tensor([[1, 1], [1, 0]]))
+    agreement(Reader(scores=True), Reader(scores=True), texts, batch=1)
+    embed(Reader(), texts, Pooling(), batch=1)
+    assert torch.is_grad_enabled()

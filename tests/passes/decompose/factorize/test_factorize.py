@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skink.passes.decompose import factorize as module
+from skink.passes.decompose.factorize import factorize as module
 from skink.passes.decompose.factorize.factorize import (
     error_energy,
     factorize,

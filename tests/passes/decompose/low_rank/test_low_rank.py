@@ -10,13 +10,15 @@ from skink.evaluation.corpus import standard_library, token_windows
 from skink.graph.capture import capture
 from skink.graph.pipeline import Pipeline
 from skink.passes.canonicalize import Canonicalize
-from skink.passes.decompose import LowRank, low_rank, low_rank_run
+from skink.passes.decompose import LowRank
 from skink.passes.decompose.factorize.factorize import plain, uniform_rank, whitened
+from skink.passes.decompose.low_rank import low_rank
+from skink.passes.decompose.low_rank import run as running
 from tests.graph.programs import canonical
 from tests.models import build
 from tests.passes.decompose.programs import Block, captured, run, text
 
-ASSET = Path(low_rank.__file__).parents[2] / "assets" / "stdlib-llama"
+ASSET = Path(low_rank.__file__).parents[3] / "assets" / "stdlib-llama"
 
 
 def test_a_rewritten_program_as_text():
@@ -331,7 +333,7 @@ def test_progress_counts_up_to_its_total():
 @pytest.mark.parametrize("method", ["whitened", "fisher"])
 def test_no_more_covariances_are_alive_than_one_region_reads(monkeypatch, method):
     alive, most = [], []
-    original = low_rank_run.candidate
+    original = running.candidate
 
     def watched(program, stack, known, *arguments, **options):
         covariance = known[0][0].total
@@ -340,7 +342,7 @@ def test_no_more_covariances_are_alive_than_one_region_reads(monkeypatch, method
         most.append(sum(reference() is not None for reference in alive))
         return original(program, stack, known, *arguments, **options)
 
-    monkeypatch.setattr(low_rank_run, "candidate", watched)
+    monkeypatch.setattr(running, "candidate", watched)
     run(canonical("llama", num_hidden_layers=4), LowRank(method=method), calibration=text())
     assert len(alive) == 16
     # Attention and FFN of a layer read two inputs each.

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tests.passes.decompose.test_reduce_width import logits, text
 from torch import nn
 
 from skink.graph.blocks import feed_forward_blocks
@@ -12,6 +11,7 @@ from skink.passes.decompose.reduce_width.attention import attentions
 from skink.passes.decompose.reduce_width.edits import Heads, narrow_attention, narrow_feed_forward
 from skink.passes.decompose.reduce_width.parts import branch_of, heads_of
 from tests.graph.programs import canonical
+from tests.passes.decompose.reduce_width.test_reduce_width import logits, text
 
 
 class Fused(nn.Module):

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tests.passes.decompose.test_reduce_width import ReduceWidth, run, text
 
 from skink.graph.capture import capture
 from skink.graph.pipeline import Pipeline
@@ -10,6 +9,7 @@ from skink.passes.decompose.reduce_width.reduce_width import KINDS
 from skink.passes.decompose.selection import choose_layers
 from tests.graph.programs import canonical
 from tests.models import build, tiny
+from tests.passes.decompose.reduce_width.test_reduce_width import ReduceWidth, run, text
 
 
 def found(program, kinds=KINDS):

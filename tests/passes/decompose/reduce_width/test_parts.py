@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.passes.decompose.test_reduce_width import logits, run, text
 
 from skink.passes.decompose.reduce_width import ReduceWidth
 from tests.graph.programs import canonical
 from tests.models import tiny
+from tests.passes.decompose.reduce_width.test_reduce_width import logits, run, text
 
 # More tokens than a block has channels.
 TEXT = text(16, 40)

@@ -2,7 +2,6 @@ from functools import cache
 
 import pytest
 import torch
-from tests.passes.decompose.test_reduce_width import ReduceWidth, logits, run, text
 
 from skink.graph.capture import capture
 from skink.graph.gradients import stream_moments
@@ -13,6 +12,7 @@ from skink.passes.decompose.reduce_width.parts import means
 from skink.passes.decompose.selection import choose_layers
 from tests.graph.programs import canonical
 from tests.models import build
+from tests.passes.decompose.reduce_width.test_reduce_width import ReduceWidth, logits, run, text
 
 
 def score_rows(model, family, layer):

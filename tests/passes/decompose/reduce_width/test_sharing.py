@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.passes.decompose.test_reduce_width import text
 
 from skink.budget import Workload, pricing
 from skink.errors import BudgetError
@@ -20,6 +19,7 @@ from skink.passes.decompose.reduce_width.sharing import (
 from skink.passes.decompose.selection import choose_layers
 from tests.graph.programs import canonical
 from tests.models import tiny
+from tests.passes.decompose.reduce_width.test_reduce_width import text
 
 COUNT = pricing("params", canonical("llama"))
 
