@@ -10,12 +10,15 @@ read the factors, over the time that the kernel took. Times are medians.
 
 For one row two bars are shown: 2.3 times the dense layer's speed, and 85% of the bandwidth.
 
-    python benchmarks/cpu/low_rank_linear.py [--threads N] [--rounds N] [--only NAME] [--json]
+With --huge-pages the buffer that all sides read from is in huge pages, where Linux gives them.
+
+    python benchmarks/cpu/low_rank_linear.py [--threads N] [--rounds N] [--only NAME] [--huge-pages] [--json]
 """
 
 import argparse
 import json
 import math
+import mmap
 import os
 import platform
 import statistics
@@ -89,8 +92,10 @@ class Result:
 class Cold:
     """Hands out weights from a buffer so large that what is handed out again has left every cache."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self.buffer = torch.full((size // dtype.itemsize,), 0.01, dtype=dtype)
+    def __init__(self, size: int, dtype: torch.dtype, *, huge_pages: bool = False) -> None:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+        self.buffer = torch.frombuffer(memory, dtype=dtype).fill_(0.01)
         self.at = 0
 
     def take(self, *shape: int) -> Tensor:
@@ -215,6 +220,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--instruction-set", default="", help="baseline, avx2 or avx512; default the best")
+    parser.add_argument("--huge-pages", action="store_true", help="Linux alone")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     loaded = library()
@@ -222,7 +228,7 @@ def main() -> None:
         raise SystemExit(f"nothing to measure: {loaded.reason}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    size = max(1 << 30, 3 * _last_cache())
+    size = max(1 << 30, 3 * _last_cache() & -(1 << 21))
     setting = {
         "processor": _processor(),
         "threads": options.threads,
@@ -231,6 +237,7 @@ def main() -> None:
         "last_level_cache_megabytes": _last_cache() >> 20,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "huge_pages": options.huge_pages,
         "rounds": options.rounds,
         "load_average": round(os.getloadavg()[0], 1),
     }
@@ -250,7 +257,7 @@ def main() -> None:
             dtype = _DTYPES[case.dtype]
             if cold is None or cold.buffer.dtype is not dtype:
                 cold = None  # so that there are never two
-                cold = Cold(size, dtype)
+                cold = Cold(size, dtype, huge_pages=options.huge_pages)
             result, bandwidth = measure(case, options.rounds, cold)
             results.append(result)
             for name, rate in bandwidth.items():

@@ -48,12 +48,13 @@ class Curve:
             raise ValueError(f"{self.name}: no choice has a finite loss, or some cost is not finite")
 
 
-def allocate(curves: Sequence[Curve], budget: float) -> tuple[int, ...]:
+def allocate(curves: Sequence[Curve], budget: float, *, fixed: float = 0.0) -> tuple[int, ...]:
     """The index of the choice for each curve: their costs fit into `budget`, and their losses are the least.
 
     Args:
-        curves: see `Curve`. A weight that stays as it is whatever happens is a curve of one choice.
-        budget: what all choices together may cost.
+        curves: see `Curve`.
+        budget: what all choices may cost, together with `fixed`.
+        fixed: what that costs which counts and has no choice.
 
     Raises:
         BudgetError: BUDGET-001 where even the cheapest choices cost more.
@@ -61,11 +62,11 @@ def allocate(curves: Sequence[Curve], budget: float) -> tuple[int, ...]:
     if not curves:
         return ()
     costs, losses, order = _table(curves)
-    room = budget + abs(budget) * _ROUNDING
+    room = budget - fixed + abs(budget) * _ROUNDING
     cheapest = torch.zeros(len(curves), dtype=torch.int64)
     best = losses.argmin(dim=1)
     if not _total(costs, cheapest) <= room:
-        raise _infeasible(curves, budget, _total(costs, cheapest), _total(costs, best))
+        raise _infeasible(budget, fixed + _total(costs, cheapest), fixed + _whole(costs, losses))
     if _total(costs, best) <= room:
         return _indices(order, best)
     chosen = _fill(costs, losses, _threshold(costs, losses, cheapest, best, room), room)
@@ -149,11 +150,17 @@ def _steepest(costs: Tensor, losses: Tensor, chosen: Tensor, row: int, left: flo
     return -float(steepness[choice]), row, choice
 
 
-def _infeasible(curves: Sequence[Curve], budget: float, least: float, best: float) -> BudgetError:
-    share = f", {least / best:.4g} of what they cost without any loss" if best > 0 else ""
+def _whole(costs: Tensor, losses: Tensor) -> float:
+    """What the choices cost that lose least, the dearest of equals: those that leave everything as it is."""
+    return math.fsum(costs.where(losses == losses.min(dim=1, keepdim=True).values, -math.inf).amax(dim=1).tolist())
+
+
+def _infeasible(budget: float, least: float, whole: float) -> BudgetError:
+    # Rounded up, so that asking for the share that is named does it.
+    share = math.ceil(least / whole * 1e4) / 1e4 if whole > 0 else 1.0
     return BudgetError(
         "BUDGET-001",
-        f"the budget of {budget:.6g} is too small: {len(curves)} weights take at least {least:.6g}{share}.",
-        why="that is the sum of the cheapest choice of each; weights that stay dense count in full.",
-        fix=f"allow {least:.6g} or more, that is a larger share; or lower the floor, or let more layers be changed.",
+        f"the budget of {budget:.6g} is too small: {least:.6g} is the least, of {whole:.6g} as it is.",
+        why="that is the cheapest choice of each weight; what can or may not change counts in full.",
+        fix=f"allow a share of {share:g} or more; or lower the floor, or let more layers be changed.",
     )

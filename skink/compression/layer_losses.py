@@ -72,41 +72,55 @@ def effective_weight(dense: Program, program: Program, layer: LinearLayer) -> Te
         layer: of `dense`.
     """
     source = layer.readers[0].args[0]
-    last = _last_reader(program, layer)
-    if last is None or not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node):
         return None
     in_features = layer.shape[1]
     like = dense.weight(layer.weight)
     rows = torch.eye(in_features, dtype=like.dtype, device=like.device)[None]
-    try:
-        with torch.no_grad():
-            # Less its value at zero, that is without the bias.
-            moved = _run(program, last, {source.name: rows}) - _run(
-                program, last, {source.name: torch.zeros_like(rows)}
-            )
-    except _NotOfTheLayerError:
-        return None
-    if moved.shape != (1, in_features, layer.shape[0]):
-        return None
-    weight: Tensor = moved[0].mT.contiguous()
-    return weight
+    for node in _instead(program, layer):
+        try:
+            with torch.no_grad():
+                # Less its value at zero, that is without the bias.
+                moved = _run(program, node, {source.name: rows}) - _run(
+                    program, node, {source.name: torch.zeros_like(rows)}
+                )
+        except _NotOfTheLayerError:
+            continue
+        if moved.shape != (1, in_features, layer.shape[0]):
+            return None
+        weight: Tensor = moved[0].mT.contiguous()
+        return weight
+    return None
 
 
 class _NotOfTheLayerError(Exception):
     """A value that depends on something else than the layer's input."""
 
 
-def _last_reader(program: Program, layer: LinearLayer) -> fx.Node | None:
-    """The last node that reads a weight named below the layer, where the layer's own weight is gone."""
+def _instead(program: Program, layer: LinearLayer) -> list[fx.Node]:
+    """What may stand in a layer's place, the likeliest first; nothing where the layer's own weight is still read.
+
+    That is what those read now who read the layer, and, where they were replaced too, what reads weights named below
+    the layer: the last of them, unless other layers share a factor of this one's and read it later.
+    """
     own = (f"{layer.name}.", f"{layer.weight}_factored.")
-    last = None
+    by_name: dict[str, fx.Node] = {}
+    readers = []
     for node in program.graph.nodes:
+        by_name[node.name] = node
         names = [str(entry.target) for entry in node.all_input_nodes if entry.op == "get_attr"]
         if layer.weight in names:
-            return None
+            return []
         if any(name.startswith(own) for name in names):
-            last = node
-    return last
+            readers.append(node)
+    found = []
+    for user in layer.readers[0].users:
+        other = by_name.get(user.name)
+        if other is not None and other.target is user.target:
+            for before, now in zip(user.args, other.args, strict=False):
+                if before is layer.readers[0] and isinstance(now, fx.Node):
+                    found.append(now)
+    return [*found, *reversed(readers)]
 
 
 def _run(program: Program, node: fx.Node, known: dict[str, Any]) -> Any:

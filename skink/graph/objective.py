@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from skink.errors import OptionError
 from skink.graph.calibration import counted_rows, real_tokens
+from skink.graph.output_heads import predicts_next_tokens
 from skink.graph.program import PADDING_INPUT, Program
 
 Labels = Literal["sampled", "text"]
@@ -37,6 +38,12 @@ def objective_of(
     flat = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
     named = dict(zip(program.outputs, flat, strict=True))
     if isinstance(named.get("logits"), fx.Node):
+        if labels == "text" and not predicts_next_tokens(program):
+            raise OptionError(
+                "OPTION-002",
+                "labels='text' needs a decoder: logits of the token after each one of input_ids.",
+                fix="take labels='sampled'.",
+            )
         return LogLikelihood(named["logits"], batches, labels=labels, samples=samples, seed=seed)
     if labels == "text":
         raise OptionError(
@@ -81,12 +88,10 @@ class LogLikelihood:
     Args:
         node: the logits, float[B, ..., V]; one row of them is one label.
         batches: inputs by name.
-        labels: `sampled`: drawn from the softmax, at every row; `text`: the next token, for all but the last.
+        labels: `sampled`: drawn from the softmax, at every row; `text`: the next token, for all but the last, of a
+            program that predicts it.
         samples: labels per row, each with a gradient of its own; for `text` there is one.
         seed: of the draws.
-
-    Raises:
-        OptionError: OPTION-002 where `text` has no next token to give.
     """
 
     observes = False
@@ -97,12 +102,6 @@ class LogLikelihood:
         self.nodes, self.draws = (node,), samples if labels == "sampled" else 1
         self._batches, self._sampled = batches, labels == "sampled"
         self._draws = _Draws(_sizes(batches), self.draws, seed)
-        if labels == "text" and ("input_ids" not in batches[0] or node.meta["val"].dim() != 3):
-            raise OptionError(
-                "OPTION-002",
-                "labels='text' needs a decoder: logits of each token of input_ids.",
-                fix="take labels='sampled'.",
-            )
 
     def observe(self, node: fx.Node, value: Tensor, batch: int) -> None:
         """Nothing is needed beforehand."""

@@ -1,28 +1,51 @@
-"""Which linear layers give a language model's logits, and so are no linear layers of the budget."""
+"""What a language model's logits are of, and which linear layers give them: those are none of the budget's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from skink.graph.program import Program
+from skink.kernels import find_op
 
 aten = torch.ops.aten
 
 
 def output_heads(program: Program) -> frozenset[fx.Node]:
     """The linear nodes that give a language model's logits: as wide as its vocabulary, only scaled after them."""
-    output = program.graph.output_node()
-    results = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
     vocabularies = _vocabularies(program)
     names = (*program.outputs, *(entry.output_name for entry in program.state))
     heads: set[fx.Node] = set()
-    for name, result in zip(names, results, strict=True):
+    for name, result in zip(names, _results(program), strict=True):
         if isinstance(result, fx.Node):
             width = _width(result)
             if width is not None and (name == "logits" or width in vocabularies):
                 heads.update(_linears_before(result, width))
     return frozenset(heads)
+
+
+def predicts_next_tokens(program: Program) -> bool:
+    """Whether `logits` are of the token after each one of `input_ids`: a number for each word, and nothing looks ahead.
+
+    Args:
+        program: canonical, since only there all attention is known as such.
+    """
+    named = dict(zip(program.outputs, _results(program), strict=False))
+    logits = named.get("logits")
+    if not isinstance(logits, fx.Node) or "input_ids" not in {entry.name for entry in program.inputs}:
+        return False
+    if logits.meta["val"].dim() != 3 or _width(logits) not in _vocabularies(program):
+        return False
+    return all(
+        op.bind(node.args, node.kwargs)["causal"]
+        for node in program.graph.nodes
+        if node.op == "call_function" and (op := find_op(node.target)) and op.name == "attention"
+    )
+
+
+def _results(program: Program) -> Sequence[object]:
+    results = program.graph.output_node().args[0]
+    return results if isinstance(results, list | tuple) else (results,)
 
 
 def _vocabularies(program: Program) -> set[int]:

@@ -30,6 +30,8 @@ class ShapeContext:
 
     def __init__(self, program: Program) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        # What calls give is remembered here, by less than PyTorch's own memory of them computes to tell them apart.
+        self.mode.cache_enabled = False
         shapes = [*(entry.dims for entry in program.inputs), *(entry.shape for entry in program.state)]
         # Primes that no other size of a model is likely to equal, because PyTorch gives dims of one size one symbol.
         self.sizes = prime_sizes((dim for dims in shapes for dim in dims), first=2003, apart=2000)

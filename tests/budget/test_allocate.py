@@ -126,8 +126,21 @@ def test_a_budget_out_of_reach_names_the_least() -> None:
     ]
     with pytest.raises(BudgetError, match="BUDGET-001") as caught:
         allocate(curves, 100.0)
-    assert "the budget of 100 is too small: 2 weights take at least 130, 0.65 of what" in str(caught.value)
+    assert "the budget of 100 is too small: 130 is the least, of 200 as it is." in str(caught.value)
+    assert "allow a share of 0.65 or more" in str(caught.value)
     assert allocate(curves, 130.0) == (0, 0)
+    # What has no choice counts, in the budget and in the message.
+    assert allocate(curves[:1], 130.0, fixed=100.0) == (0,)
+    with pytest.raises(BudgetError, match="too small: 130 is the least, of 200 as it is"):
+        allocate(curves[:1], 129.0, fixed=100.0)
+
+
+def test_the_share_that_is_named_is_enough() -> None:
+    # All choices lose alike, as where ranks are the same for all: what is there is the dearest.
+    curve = Curve("a", torch.zeros(3), torch.tensor([1.0, 2.0, 7.0]))
+    with pytest.raises(BudgetError, match=r"allow a share of 0\.1429 or more"):
+        allocate([curve], 0.5)
+    assert allocate([curve], 0.1429 * 7.0) == (0,)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from skink.compression.layer_losses import effective_weight, layer_losses
 from skink.graph.program import Program
 from skink.passes.decompose import LowRank
 from skink.passes.decompose.selection import linear_layers
-from tests.models import VOCABULARY, tiny
+from tests.models import VOCABULARY
+from tests.programs import canonical
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(3))
 
@@ -23,7 +24,7 @@ def score(program: Program) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("recipe", ["low-rank{keep=0.5,method=plain}", "tucker{rank=12,factors=3}"])
 def test_the_matrix_is_the_product_of_its_factors(family: str, recipe: str) -> None:
-    done = compress_program(tiny(family), recipe, verify=0)
+    done = compress_program(canonical(family), recipe, verify=0)
     weights = dict(done.program.weights())
     seen = 0
     for layer in linear_layers(done.dense):
@@ -40,8 +41,29 @@ def test_the_matrix_is_the_product_of_its_factors(family: str, recipe: str) -> N
     assert seen >= 8
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "basis-sharing{keep=0.6,allocation=uniform}",
+        "low-rank{keep=0.6,allocation=uniform,share_inputs=true,refit=false}",
+    ],
+)
+def test_layers_that_share_a_factor_have_each_its_own_matrix(recipe: str) -> None:
+    done = compress_program(canonical("llama"), recipe, calibration=TOKENS, verify=0)
+    layers = {layer.name: layer for layer in linear_layers(done.dense)}
+    factored = [record for record in done.result.layers if record.decision == "factored"]
+    # The first of those that share holds what is shared.
+    owners = [name for name, _ in done.program.weights() if name.endswith((".down.weight", ".kept.weight"))]
+    assert len(owners) < len(factored)
+    for record in factored:
+        layer = layers[record.name]
+        found, weight = effective_weight(done.dense, done.program, layer), done.dense.weight(layer.weight)
+        assert found is not None, record.name
+        assert float((found - weight).norm() / weight.norm()) == pytest.approx(record.weight_error, rel=1e-3)
+
+
 def test_each_layer_alone_against_the_model_with_that_weight() -> None:
-    done = compress_program(tiny("llama"), "low-rank{keep=0.5,method=plain}", verify=0)
+    done = compress_program(canonical("llama"), "low-rank{keep=0.5,method=plain}", verify=0)
     steps: list[tuple[int, int]] = []
     losses = layer_losses(
         done.dense, done.program, done.result.layers, score, progress=lambda *step: steps.append(step)
@@ -56,16 +78,16 @@ def test_each_layer_alone_against_the_model_with_that_weight() -> None:
     assert losses[name] == pytest.approx(score(by_hand) - score(done.dense), rel=1e-4)
     assert losses[name] != 0
     # The dense program is as it was.
-    assert score(done.dense) == pytest.approx(score(compress_program(tiny("llama"), verify=0).program), abs=1e-6)
+    assert score(done.dense) == pytest.approx(score(compress_program(canonical("llama"), verify=0).program), abs=1e-6)
 
 
 def test_nothing_factored_is_not_measured() -> None:
-    done = compress_program(tiny("llama"), [LowRank(method="plain", ignore=("*",))], verify=0)
+    done = compress_program(canonical("llama"), [LowRank(method="plain", ignore=("*",))], verify=0)
     assert layer_losses(done.dense, done.program, done.result.layers, score) == {}
 
 
 def test_what_has_another_shape_is_left_out() -> None:
-    done = compress_program(tiny("llama"), "low-rank{keep=0.5,method=plain}", verify=0)
+    done = compress_program(canonical("llama"), "low-rank{keep=0.5,method=plain}", verify=0)
     layer = next(layer for layer in linear_layers(done.dense) if layer.name.endswith("q_proj"))
     up = done.program.weight(f"{layer.name}.up.weight")
     done.program.set_weight(f"{layer.name}.up.weight", up[:-1])
@@ -73,7 +95,7 @@ def test_what_has_another_shape_is_left_out() -> None:
 
 
 def test_what_depends_on_something_else_is_left_out() -> None:
-    done = compress_program(tiny("llama"), "low-rank{keep=0.5,method=plain}", verify=0)
+    done = compress_program(canonical("llama"), "low-rank{keep=0.5,method=plain}", verify=0)
     layer = next(layer for layer in linear_layers(done.dense) if layer.name.endswith("q_proj"))
     layer.readers[0].args[0].name = "no_longer_there"
     assert effective_weight(done.dense, done.program, layer) is None

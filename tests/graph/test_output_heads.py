@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForTokenClassification, PreTrainedModel
 
 from skink.graph.capture import capture
-from skink.graph.output_heads import head_weights, output_heads
+from skink.graph.output_heads import head_weights, output_heads, predicts_next_tokens
 from skink.graph.pipeline import Pipeline
 from skink.graph.program import Stage
+from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
 from tests.graph.programs import canonical
+from tests.models import VOCABULARY
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", "lm_head.weight"), ("gpt2", "transformer.wte.weight")])
@@ -53,3 +56,26 @@ def test_only_a_table_of_tokens_is_a_vocabulary(last: nn.Module, heads: list[str
     program = capture(Encoder(last), inputs)
     assert [str(node.args[1].target) for node in output_heads(program)] == heads
     assert head_weights(program) == set(heads)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_a_decoder_predicts_the_next_token(family: str) -> None:
+    assert predicts_next_tokens(canonical(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        # What fills in a masked token has seen the next one.
+        ("bert", AutoModelForMaskedLM),
+        # Logits of each token, and causal attention: but of kinds of token.
+        ("llama", AutoModelForTokenClassification),
+    ],
+)
+def test_other_logits_do_not(family: str, kind: type[PreTrainedModel]) -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    program = capture(kind.from_config(AutoConfig.for_model(family, **sizes, num_attention_heads=2)).eval())
+    Pipeline((Canonicalize(),)).run(program, verify=0)
+    assert program.outputs == ("logits",)
+    assert not predicts_next_tokens(program)
+    assert not predicts_next_tokens(capture(nn.Linear(8, 8), (torch.randn(3, 8),)))

@@ -78,25 +78,6 @@ class Factorization:
         return self.up[:, :rank].clone(memory_format=torch.contiguous_format), self.down[:rank].clone()
 
 
-@dataclass(frozen=True)
-class Factors:
-    """Two factors of a weight [out, in] at one rank.
-
-    Args:
-        up: [out, R], in the weight's dtype.
-        down: [R, in], likewise.
-        spectrum: float64[min(out, in)], singular values in the metric of the method, largest first.
-        weight_error: ||W - up @ down||_F / ||W||_F, of the factors as they are, rounding included.
-        predicted_error: ||X (W - up @ down)^T||_F / ||X W^T||_F, likewise; None without C.
-    """
-
-    up: Tensor
-    down: Tensor
-    spectrum: Tensor
-    weight_error: float
-    predicted_error: float | None = None
-
-
 def factorize(
     weight: Tensor,
     *,
@@ -221,26 +202,6 @@ def uniform_rank(keep: float, out_features: int, in_features: int) -> int:
     """The largest rank whose factors hold at most the share `keep` of a weight's parameters."""
     # The last term keeps 0.6 * 10000 / 200 from being 29.999999999999996.
     return math.floor(keep * out_features * in_features / (out_features + in_features) + 1e-9)
-
-
-def plain(weight: Tensor, rank: int) -> Factors:
-    """The truncated SVD of a weight [out, in] at `rank`, 1 to min(out, in)."""
-    found = factorize(weight, rank=rank)
-    return Factors(found.up, found.down, found.spectrum, weight_error(weight, found.up, found.down))
-
-
-def whitened(
-    weight: Tensor, covariance: Tensor, rank: int, *, form: Form = "auto", damping: float = DAMPING
-) -> Factors:
-    """The factors at `rank` that change a layer's output least on inputs of C: float64[in, in], or any multiple."""
-    found = factorize(weight, right=covariance, rank=rank, form=form)
-    return Factors(
-        found.up,
-        found.down,
-        found.spectrum,
-        weight_error(weight, found.up, found.down),
-        output_error(weight, found.up.double() @ found.down.double(), covariance),
-    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from skink.graph.calibration import counted_rows, real_tokens, token_batches
+from skink.graph.output_heads import predicts_next_tokens
 from skink.graph.passes import Context
 from skink.graph.program import PADDING_INPUT, Program
 from skink.passes.decompose.low_rank.candidates import Candidate
@@ -22,7 +23,8 @@ _WINDOWS = 8
 def measured_losses(program: Program, candidates: Sequence[Candidate], keep: float, context: Context) -> list[Tensor]:
     """For each candidate float64[K + 1], at [r] the rise of the loss in nats per token when it alone has rank r.
 
-    Without logits the loss is |o' - o|^2 / |o|^2 of the outputs.
+    Where logits are of something else than the next token, the loss is their divergence from the dense program's
+    (Kullback-Leibler, for each row of them); without logits it is |o' - o|^2 / |o|^2 of the outputs.
 
     Args:
         program: dense; it is as before when this returns.
@@ -59,7 +61,8 @@ class _Loss:
         self._program = program
         self._batches = token_batches(program, context.calibration[picked], padding=padding)
         self._logits = program.outputs.index("logits") if "logits" in program.outputs else None
-        self._dense = [self._outputs(batch) for batch in self._batches] if self._logits is None else []
+        self._has_labels = predicts_next_tokens(program)
+        self._dense = [] if self._has_labels else [self._outputs(batch) for batch in self._batches]
         self._before = self._mean()
 
     def with_weight(self, name: str, weight: Tensor) -> float:
@@ -79,15 +82,30 @@ class _Loss:
         if self._logits is None:
             return self._distance()
         total, count = 0.0, 0
-        for batch in self._batches:
-            logits = self._outputs(batch)[self._logits][:, :-1]
-            real = real_tokens(batch) if PADDING_INPUT in batch else None
-            labels = batch["input_ids"][:, 1:]
-            if real is not None:
-                labels = labels.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-            total += float(cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"))
-            count += int((labels != -100).sum())
+        for index, batch in enumerate(self._batches):
+            logits = self._outputs(batch)[self._logits]
+            rows, labels = self._labelled(logits, batch) if self._has_labels else self._beside_dense(logits, index)
+            total += float(cross_entropy(rows.float(), labels, reduction="sum"))
+            count += len(rows)
         return total / max(1, count)
+
+    def _labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows of the logits, and the token that follows each."""
+        rows, labels = logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()
+        real = real_tokens(batch) if PADDING_INPUT in batch else None
+        if real is None:
+            return rows, labels
+        counted = (real[:, 1:] & real[:, :-1]).flatten()
+        return rows[counted], labels[counted]
+
+    def _beside_dense(self, logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Rows of the logits, and the dense program's shares of each."""
+        batch, dense = self._batches[index], self._dense[index][self._logits or 0]
+        counted = counted_rows(logits, real_tokens(batch) if PADDING_INPUT in batch else None)
+        rows, wanted = (value.reshape(-1, value.shape[-1]) for value in (logits, dense))
+        if counted is not None:
+            rows, wanted = rows[counted], wanted[counted]
+        return rows, wanted.float().softmax(-1)
 
     def _distance(self) -> float:
         away = size = 0.0

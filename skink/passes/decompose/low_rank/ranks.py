@@ -30,9 +30,9 @@ class Ranking:
     keep: float
     fixed: float = 0.0
 
-    def room(self, stacks: Iterable[Stack]) -> float:
-        """What the factors of these stacks may cost, when `fixed` is what the layers cost that stay dense anyway."""
-        return self.keep * (sum(map(self.dense, stacks)) + self.fixed) - self.fixed
+    def budget(self, stacks: Iterable[Stack]) -> float:
+        """What the factors of these stacks may cost, together with the layers that stay dense anyway, at `fixed`."""
+        return self.keep * (sum(map(self.dense, stacks)) + self.fixed)
 
     def multiple(self, stack: Stack) -> int:
         """What ranks of a stack are multiples of."""
@@ -76,7 +76,8 @@ def uniform_ranks(stacks: Sequence[Stack], ranking: Ranking) -> dict[Stack, int]
         BudgetError: BUDGET-001 where the least ranks cost more than `keep`.
     """
     choices = {stack: ranking.curve(stack) for stack in stacks}
-    room = ranking.room(stacks)
+    budget = ranking.budget(stacks)
+    room = budget - ranking.fixed
 
     def at(share: float) -> dict[Stack, int]:
         ranks = {}
@@ -97,7 +98,7 @@ def uniform_ranks(stacks: Sequence[Stack], ranking: Ranking) -> dict[Stack, int]
     low, high = 0.0, ranking.keep
     if cost(at(low)) > room:
         # The error is told by the one who tells it for all passes.
-        allocate([curve for curve, _ in choices.values()], room)
+        allocate([curve for curve, _ in choices.values()], budget, fixed=ranking.fixed)
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(at(middle)) <= room else (low, middle)
@@ -133,7 +134,8 @@ def best_ranks(groups: Sequence[Group], ranking: Ranking) -> list[tuple[Candidat
             options += [[(group.joint, rank)] for rank in offered[:-1].tolist()]
         curves.append(curve)
         plans.append(options)
-    chosen = allocate(curves, ranking.room(entry.stack for group in groups for entry in group.single))
+    budget = ranking.budget(entry.stack for group in groups for entry in group.single)
+    chosen = allocate(curves, budget, fixed=ranking.fixed)
     return [pair for options, index in zip(plans, chosen, strict=True) for pair in options[index]]
 
 

@@ -7,6 +7,7 @@
 A part is planned from the moments of its weights, which gives the price of every width, and then cut to one of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -37,7 +38,7 @@ Method = Literal["two-sided", "one-sided", "leverage"]
 GRADIENT_DAMPING = 0.05
 
 
-class Part:
+class Part(ABC):
     """One width that can shrink.
 
     Attributes:
@@ -63,10 +64,15 @@ class Part:
     edited: fx.Node
     cut_needs: str = ""
 
+    @abstractmethod
     def shapes(self, width: int) -> list[tuple[str, int, int]]:
         """(weight, out, in) of what it is made of, at a width; a fused weight once for each piece of it."""
-        raise NotImplementedError
 
+    def can_have(self, width: int) -> bool:
+        """Whether there is such a width, once it is planned."""
+        return 0 < width <= self.width
+
+    @abstractmethod
     def plan(self, program: Program, inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None) -> None:
         """Order what may go, and price it.
 
@@ -75,7 +81,6 @@ class Part:
             inputs: Cbar of each of `prices_need`, float64[in, in], a mean over tokens.
             gradients: Gbar, likewise; None where they were not asked for.
         """
-        raise NotImplementedError
 
 
 class FeedForwardPart(Part):

@@ -173,13 +173,13 @@ class ReduceWidth(Pass):
     ) -> list[int]:
         prices = pricing(self.budget, program, Workload.parse(self.workload))
         offers = [widths_on_offer(part, multiple=self.multiple_of, floor=self.floor) for part in parts]
-        budget = budget_for(parts, counted, prices, self.keep)
+        budget, fixed = budget_for(parts, counted, prices, self.keep)
         if self.allocation == "global":
-            return by_loss(parts, offers, prices, budget)
+            return by_loss(parts, offers, prices, budget, fixed=fixed)
         importance = [0.0] * len(parts)
         if self.allocation == "block-influence":
             importance = [found / self.smoothing for found in block_influence(program, parts, windows, padding)]
-        return by_share(parts, offers, prices, budget, importance)
+        return by_share(parts, offers, prices, budget, importance, fixed=fixed)
 
     def _cut(
         self, program: Program, rewriter: Rewriter, chosen: Mapping[Part, int], context: Context, windows: Tensor

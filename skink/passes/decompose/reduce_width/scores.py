@@ -60,6 +60,10 @@ class ScorePart(Part):
         inner = int(self.query.linear.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
         return [(self.query.weight, self.heads * width, inner), (self.key.weight, self.key_heads * width, inner)]
 
+    def can_have(self, width: int) -> bool:
+        """See `Part.can_have`."""
+        return width in self.kept
+
     def plan(self, program: Program, inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None) -> None:
         """See `Part.plan`."""
         queries, keys = (

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx
 
 from skink.budget import Curve, Pricing, allocate
-from skink.graph.calibration import token_batches
+from skink.graph.calibration import counted_rows, real_tokens, token_batches
 from skink.graph.output_heads import output_heads
 from skink.graph.pattern import op_name
-from skink.graph.program import Program
+from skink.graph.program import PADDING_INPUT, Program
 from skink.graph.regions import run_regions
 from skink.kernels import find_op
 from skink.passes.decompose.reduce_width.parts import Part
@@ -31,9 +31,7 @@ def widths_on_offer(part: Part, *, multiple: int, floor: float) -> Tensor:
     widths = widths[widths >= floor * part.width]
     if part.losses is not None:
         widths = widths[torch.isfinite(part.losses[widths])]
-    kept = getattr(part, "kept", None)
-    if kept is not None:
-        widths = widths[[int(width) in kept for width in widths]]
+    widths = widths[[part.can_have(width) for width in widths.tolist()]]
     return torch.cat((widths, torch.tensor([part.width])))
 
 
@@ -54,10 +52,12 @@ def width_costs(part: Part, pricing: Pricing, widths: Tensor) -> Tensor:
     return y[left] + slope * (widths - x[left])
 
 
-def budget_for(parts: Sequence[Part], layers: Sequence[LinearLayer], pricing: Pricing, keep: float) -> float:
-    """What the parts may cost together, so that all of `layers` cost `keep` of what they did.
+def budget_for(
+    parts: Sequence[Part], layers: Sequence[LinearLayer], pricing: Pricing, keep: float
+) -> tuple[float, float]:
+    """What all of `layers` may cost, the share `keep` of what they do, and what of that no part can change.
 
-    Layers that no part changes count in full, and so do rows of fused projections that no part covers.
+    Those are layers that no part changes, and rows of fused projections that no part covers.
     """
     covered = {layer.weight: 0 for layer in layers}
     for part in parts:
@@ -69,11 +69,13 @@ def budget_for(parts: Sequence[Part], layers: Sequence[LinearLayer], pricing: Pr
         if (rows := (layer.parameters - covered[layer.weight]) // layer.shape[1])
     )
     whole = sum(part_cost(part, pricing, part.width) for part in parts)
-    return keep * (whole + rest) - rest
+    return keep * (whole + rest), rest
 
 
-def by_loss(parts: Sequence[Part], offers: Sequence[Tensor], pricing: Pricing, budget: float) -> list[int]:
-    """The widths that lose least together within a budget.
+def by_loss(
+    parts: Sequence[Part], offers: Sequence[Tensor], pricing: Pricing, budget: float, *, fixed: float = 0.0
+) -> list[int]:
+    """The widths that lose least together within a budget, of which `fixed` is taken by what no part changes.
 
     Raises:
         BudgetError: BUDGET-001 where the smallest widths cost more.
@@ -82,14 +84,20 @@ def by_loss(parts: Sequence[Part], offers: Sequence[Tensor], pricing: Pricing, b
     for part, widths in zip(parts, offers, strict=True):
         losses = part.losses[widths] if part.losses is not None else torch.zeros(len(widths), dtype=torch.float64)
         curves.append(Curve(f"{part.name} ({part.kind})", losses, width_costs(part, pricing, widths)))
-    chosen = allocate(curves, budget)
+    chosen = allocate(curves, budget, fixed=fixed)
     return [int(widths[index]) for widths, index in zip(offers, chosen, strict=True)]
 
 
 def by_share(
-    parts: Sequence[Part], offers: Sequence[Tensor], pricing: Pricing, budget: float, importance: Sequence[float]
+    parts: Sequence[Part],
+    offers: Sequence[Tensor],
+    pricing: Pricing,
+    budget: float,
+    importance: Sequence[float],
+    *,
+    fixed: float = 0.0,
 ) -> list[int]:
-    """Widths whose removed shares are in proportion to softmax(-importance), the most that a budget holds.
+    """Widths whose removed shares are in proportion to softmax(-importance), the most that a budget less `fixed` holds.
 
     Equal importances give all parts the same share. Source: MoDeGPT (arXiv 2408.09632), equation 10; shares stop at
     what is on offer.
@@ -112,14 +120,16 @@ def by_share(
         return sum(float(cost[place]) for cost, place in zip(costs, places, strict=True))
 
     least, most = 0.0, 1.0 / max(float(weights.min()), 1e-12)
-    if total(widths_at(most)) > budget:
+    room = budget - fixed
+    if total(widths_at(most)) > room:
         # The error says what the least is.
-        allocate([Curve(part.name, cost, cost) for part, cost in zip(parts, costs, strict=True)], budget)
+        curves = [Curve(part.name, torch.zeros_like(cost), cost) for part, cost in zip(parts, costs, strict=True)]
+        allocate(curves, budget, fixed=fixed)
     places = widths_at(0.0)
-    if total(places) > budget:
+    if total(places) > room:
         for _ in range(60):
             middle = (least + most) / 2
-            least, most = (middle, most) if total(widths_at(middle)) > budget else (least, middle)
+            least, most = (middle, most) if total(widths_at(middle)) > room else (least, middle)
         places = widths_at(most)
     return [int(widths[place]) for widths, place in zip(offers, places, strict=True)]
 
@@ -127,13 +137,12 @@ def by_share(
 def block_influence(program: Program, parts: Sequence[Part], windows: Tensor, padding: Tensor | None) -> list[float]:
     """How much the layer of each part changes what flows through it: 1 - mean cosine of its input and its output.
 
-    A layer goes from one attention's input to the next one's, before their norms (ShortGPT, arXiv 2403.03853,
-    equation 1). Without attention, all parts are alike.
+    A layer goes from one attention's input to the next one's, before their norms, and the last to the output head or
+    the result (ShortGPT, arXiv 2403.03853, equation 1). Without attention, all parts are alike.
     """
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     starts = sorted({_before_norm(node) for node in _inputs_of_layers(program)}, key=order.__getitem__)
-    heads = [_before_norm(node.all_input_nodes[0]) for node in output_heads(program)]
-    bounds = [*starts, *heads[:1]]
+    bounds = [*starts, *_end(program, starts)]
     if len(bounds) < 2:
         return [0.0] * len(parts)
     seen: dict[fx.Node, Tensor] = {}
@@ -142,11 +151,14 @@ def block_influence(program: Program, parts: Sequence[Part], windows: Tensor, pa
     for batch in token_batches(program, windows[:_FEW_WINDOWS], padding=masks):
         for _ in run_regions(program, [batch], lambda node, value: seen.update({node: value}), wanted=set(bounds)):
             pass
+        real = real_tokens(batch) if PADDING_INPUT in batch else None
         for index, (before, after) in enumerate(pairwise(bounds)):
             start, end = (seen[node].flatten(0, -2).double() for node in (before, after))
-            cosines[index].append(float(torch.cosine_similarity(start, end, dim=-1).mean()))
+            found = torch.cosine_similarity(start, end, dim=-1)
+            counted = counted_rows(seen[before], real)
+            cosines[index] += (found if counted is None else found[counted]).tolist()
         seen.clear()
-    influence = [1 - sum(found) / len(found) for found in cosines]
+    influence = [1 - sum(found) / max(1, len(found)) for found in cosines]
     places = [order[node] for node in bounds[:-1]]
     return [influence[max(0, sum(place <= order[part.lead.readers[0]] for place in places) - 1)] for part in parts]
 
@@ -163,6 +175,27 @@ def _inputs_of_layers(program: Program) -> list[fx.Node]:
             if below.op == "call_function":
                 found.append(below.all_input_nodes[0])
     return found
+
+
+def _end(program: Program, starts: Sequence[fx.Node]) -> list[fx.Node]:
+    """Where the last layer's output is read or given back, as wide as the layers' inputs and for each token."""
+    heads = [head.all_input_nodes[0] for head in output_heads(program)]
+    # A head that reads one token alone tells nothing; then it is what was last computed of that shape.
+    candidates = (*heads, *program.graph.output_node().all_input_nodes, *reversed(program.graph.nodes))
+    shapes = {_shape(start) for start in starts}
+    for node in candidates:
+        if node.op == "call_function" and _shape(node) in shapes:
+            found = _before_norm(node)
+            return [found] if found not in starts else []
+    return []
+
+
+def _shape(node: fx.Node) -> tuple[int, int]:
+    """How many axes a value has, and how long the last one is; (0, 0) where that hangs on the text."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.dim() or not isinstance(value.shape[-1], int):
+        return 0, 0
+    return value.dim(), value.shape[-1]
 
 
 def _before_norm(node: fx.Node) -> fx.Node:

@@ -10,13 +10,11 @@ from skink.passes.decompose.factorize.factorize import (
     error_energy,
     factorize,
     output_error,
-    plain,
     plain_truncation_energy,
     relative,
     truncation_energy,
     uniform_rank,
     weight_error,
-    whitened,
 )
 
 # Tall, wide, square, and sizes that are no multiple of anything.
@@ -162,14 +160,13 @@ def test_the_energy_that_plain_truncation_leaves(shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_predicted_error_is_what_the_calibration_data_measures(shape, dtype):
     weight, x = random(*shape).to(dtype), samples(shape[1])
-    factors = whitened(weight, x.T @ x, 4)
-    exact = weight.double()
-    kept = factors.up.double() @ factors.down.double()
-    measured = float((x @ (exact - kept).T).norm() / (x @ exact.T).norm())
-    assert factors.up.dtype == factors.down.dtype == dtype
-    assert factors.predicted_error == pytest.approx(measured, rel=1e-6)
-    assert factors.weight_error == pytest.approx(float((exact - kept).norm() / exact.norm()), rel=1e-12)
     found = factorize(weight, right=x.T @ x)
+    up, down = found.at(4)
+    exact, kept = weight.double(), up.double() @ down.double()
+    measured = float((x @ (exact - kept).T).norm() / (x @ exact.T).norm())
+    assert up.dtype == down.dtype == dtype
+    assert output_error(weight, kept, x.T @ x) == pytest.approx(measured, rel=1e-6)
+    assert weight_error(weight, up, down) == pytest.approx(float((exact - kept).norm() / exact.norm()), rel=1e-12)
     # Before the factors are rounded, and damping included.
     rounding = 0.1 if dtype == torch.bfloat16 else 1e-4
     assert relative(found.output, 4) == pytest.approx(measured, rel=rounding)
@@ -197,7 +194,7 @@ def test_alternating_least_squares_comes_no_lower():
         # min over down of ||x down^T up^T - y||: the part of y in up's span, as a linear function of x.
         down = torch.linalg.lstsq(x, y @ torch.linalg.pinv(up).T).solution.T
     fitted = float((x @ (weight - up @ down).T).norm() / y.norm())
-    assert whitened(weight, x.T @ x, 3).predicted_error == pytest.approx(fitted, rel=1e-5)
+    assert relative(factorize(weight, right=x.T @ x).output, 3) == pytest.approx(fitted, rel=1e-5)
 
 
 def test_down_is_the_best_there_is_for_up():
@@ -213,16 +210,16 @@ def test_down_is_the_best_there_is_for_up():
 def test_plain_is_the_truncated_svd(shape):
     weight = random(*shape)
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
-    factors = plain(weight, 4)
+    factors = factorize(weight, rank=4)
     torch.testing.assert_close(factors.up @ factors.down, left[:, :4] @ torch.diag(singular[:4]) @ right[:4])
     torch.testing.assert_close(factors.spectrum, singular)
-    assert factors.weight_error == pytest.approx(float(singular[4:].norm() / singular.norm()), rel=1e-9)
-    assert factors.predicted_error is None
+    exact = float(singular[4:].norm() / singular.norm())
+    assert weight_error(weight, factors.up, factors.down) == pytest.approx(exact, rel=1e-9)
 
 
 def test_white_metrics_change_nothing():
     weight = random(9, 14)
-    one = plain(weight, 3)
+    one = factorize(weight, rank=3)
     eyes = 3.0 * torch.eye(9, dtype=torch.float64), 7.0 * torch.eye(14, dtype=torch.float64)
     other = factorize(weight, left=eyes[0], right=eyes[1], rank=3)
     torch.testing.assert_close(one.up @ one.down, other.up @ other.down)
@@ -246,24 +243,27 @@ def test_scaling_a_metric_changes_nothing(form):
 @pytest.mark.parametrize("form", ["inner", "outer"])
 def test_fewer_tokens_than_features(shape, form):
     weight, x = random(*shape), samples(shape[1], tokens=5)
-    factors = whitened(weight, x.T @ x, 5, form=form)
+    factors = factorize(weight, right=x.T @ x, rank=5, form=form)
     assert torch.isfinite(factors.up).all()
     assert torch.isfinite(factors.down).all()
     # Five tokens span five directions: rank 5 loses nothing of them.
-    assert factors.predicted_error < 1e-3
-    assert factors.weight_error < 1.5
+    assert output_error(weight, factors.up @ factors.down, x.T @ x) < 1e-3
+    assert weight_error(weight, factors.up, factors.down) < 1.5
 
 
 @pytest.mark.parametrize("form", ["inner", "outer"])
 def test_dead_features(form):
     weight, x = random(12, 12), samples(12)
     x[:, [2, 7]] = 0.0
-    factors = whitened(weight, x.T @ x, 6, form=form)
+    covariance = x.T @ x
+    factors = factorize(weight, right=covariance, rank=6, form=form)
     assert torch.isfinite(factors.up @ factors.down).all()
     # What the dead features would bring cannot matter: the same as without them.
     alive = [index for index in range(12) if index not in (2, 7)]
-    without = whitened(weight[:, alive], (x.T @ x)[alive][:, alive], 6)
-    assert factors.predicted_error == pytest.approx(without.predicted_error, rel=1e-4)
+    fewer, less = weight[:, alive], covariance[alive][:, alive]
+    without = factorize(fewer, right=less, rank=6)
+    expected = output_error(fewer, without.up @ without.down, less)
+    assert output_error(weight, factors.up @ factors.down, covariance) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["inner", "outer"])
@@ -272,7 +272,7 @@ def test_a_metric_of_zeros_leaves_the_plain_truncation(form, side):
     weight, size = random(8, 10), {"left": 8, "right": 10}[side]
     for zeros in (torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)):
         found = factorize(weight, rank=3, form=form, **{side: zeros})
-        expected = plain(weight, 3)
+        expected = factorize(weight, rank=3)
         torch.testing.assert_close(found.up @ found.down, expected.up @ expected.down)
         assert not found.discarded.any()
 
@@ -283,13 +283,14 @@ def test_an_indefinite_covariance_gets_more_damping():
     # As rounding in a lower precision would leave it: one eigenvalue just below zero.
     values, vectors = torch.linalg.eigh(covariance)
     values[0] = -1e-7 * float(covariance.diagonal().mean())
-    factors = whitened(weight, vectors @ torch.diag(values) @ vectors.T, 4, form="inner")
-    assert factors.predicted_error == pytest.approx(whitened(weight, covariance, 4).predicted_error, rel=1e-2)
+    factors = factorize(weight, right=vectors @ torch.diag(values) @ vectors.T, rank=4, form="inner")
+    error = output_error(weight, factors.up @ factors.down, covariance)
+    assert error == pytest.approx(relative(factorize(weight, right=covariance).output, 4), rel=1e-2)
 
 
 def test_a_solver_that_never_converges_leaves_the_plain_truncation(monkeypatch):
     weight, (left, right) = random(14, 10), moments((14, 10))
-    expected, inner, tried = plain(weight, 4), module._inner, []
+    expected, inner, tried = factorize(weight, rank=4), module._inner, []
 
     def fail(exact, g, c, *arguments, **options):
         if g.matrix is None:
@@ -324,16 +325,18 @@ def test_a_low_rank_at_random_is_nearly_the_best(shape, method):
 
 def test_a_weight_of_low_rank_is_kept_whole():
     weight, x = random(20, 3) @ random(3, 12, seed=3), samples(12)
-    factors = whitened(weight, x.T @ x, 3)
-    assert factors.predicted_error < 1e-7
-    assert factors.weight_error < 1e-6
+    factors = factorize(weight, right=x.T @ x, rank=3)
+    assert output_error(weight, factors.up @ factors.down, x.T @ x) < 1e-7
+    assert weight_error(weight, factors.up, factors.down) < 1e-6
 
 
 def test_a_weight_of_zeros():
-    factors = whitened(torch.zeros(6, 8), torch.eye(8, dtype=torch.float64), 2)
+    zeros, covariance = torch.zeros(6, 8), torch.eye(8, dtype=torch.float64)
+    factors = factorize(zeros, right=covariance, rank=2)
     assert not (factors.up @ factors.down).any()
-    assert (factors.weight_error, factors.predicted_error) == (0.0, 0.0)
-    assert relative(factorize(torch.zeros(6, 8)).output, 2) == 0.0
+    assert weight_error(zeros, factors.up, factors.down) == 0.0
+    assert output_error(zeros, factors.up @ factors.down, covariance) == 0.0
+    assert relative(factors.output, 2) == 0.0
 
 
 def test_more_rank_never_loses_more():

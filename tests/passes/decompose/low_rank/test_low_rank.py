@@ -11,7 +11,7 @@ from skink.graph.capture import capture
 from skink.graph.pipeline import Pipeline
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
-from skink.passes.decompose.factorize.factorize import plain, uniform_rank, whitened
+from skink.passes.decompose.factorize.factorize import factorize, uniform_rank
 from skink.passes.decompose.low_rank import low_rank
 from skink.passes.decompose.low_rank import run as running
 from tests.graph.programs import canonical
@@ -46,8 +46,9 @@ def test_it_computes_with_the_factors_of_each_weight(method, bias):
     rank = uniform_rank(0.6, 24, 16)
     factors = []
     for layer, inputs in ((block.first, x), (block.second, hidden)):
-        weight, exact = layer.weight.detach(), inputs.double()
-        factors.append(plain(weight, rank) if method == "plain" else whitened(weight, exact.T @ exact, rank))
+        exact = inputs.double()
+        right = exact.T @ exact if method == "whitened" else None
+        factors.append(factorize(layer.weight.detach(), right=right, rank=rank))
     first, second = (entry.up @ entry.down for entry in factors)
     biases = (block.first.bias, block.second.bias)
     expected = nn.functional.linear(torch.relu(nn.functional.linear(x, first, biases[0])), second, biases[1])
@@ -216,7 +217,7 @@ def test_a_weight_that_several_layers_read_is_factored_once():
     first = torch.relu(model.layer(x))
     second = torch.relu(model.layer(first))
     inputs = torch.cat([x, first, second]).detach().double()
-    factors = whitened(model.layer.weight.detach(), inputs.T @ inputs, 4)
+    factors = factorize(model.layer.weight.detach(), right=inputs.T @ inputs, rank=4)
     torch.testing.assert_close(
         changed.weight("layer.up.weight") @ changed.weight("layer.down.weight"),
         factors.up @ factors.down,

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModel
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from skink.graph.capture import capture
 from skink.graph.passes import Context
@@ -18,6 +18,25 @@ from tests.passes.decompose.programs import Block, captured, logits, text
 def candidates(program, names):
     chosen = [layer for layer in linear_layers(program) if layer.name in names]
     return [Candidate(Stack((layer,)), factorize(program.weight(layer.weight))) for layer in chosen]
+
+
+def encoder(kind, **options):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("bert", **sizes, num_attention_heads=4, max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = kind.from_config(config, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    program = capture(model)
+    Pipeline((Canonicalize(),)).run(program, verify=0)
+    return program
+
+
+def padded():
+    """Four texts of seven tokens and five of padding."""
+    ids = torch.randint(1, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+    return ids, (torch.arange(12) < 7).long().expand(4, 12)
 
 
 def nats(program, ids):
@@ -61,17 +80,29 @@ def test_without_logits_it_is_the_relative_distance_of_the_outputs():
 
 
 def test_what_an_encoder_makes_of_padding_does_not_count():
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    config = AutoConfig.for_model("bert", **sizes, num_attention_heads=4, max_position_embeddings=32)
-    torch.manual_seed(0)
-    program = capture(AutoModel.from_config(config, add_pooling_layer=False).eval())
-    Pipeline((Canonicalize(),)).run(program, verify=0)
+    program = encoder(AutoModel, add_pooling_layer=False)
     made = candidates(program, ["encoder.layer.0.intermediate.dense"])
-    ids, padding = torch.randint(1, 64, (4, 12)), torch.ones(4, 12, dtype=torch.int64)
-    padding[:, 7:] = 0
+    ids, padding = padded()
     (one,) = measured_losses(program, made, 0.5, Context(calibration=ids * padding, padding=padding))
     (other,) = measured_losses(program, made, 0.5, Context(calibration=ids, padding=padding))
     assert torch.allclose(one, other, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
+def test_logits_of_no_next_token_are_compared_with_the_dense_ones(kind):
+    program, (ids, padding) = encoder(kind), padded()
+    (entry,) = made = candidates(program, ["bert.encoder.layer.0.intermediate.dense"])
+    (losses,) = measured_losses(program, made, 0.5, Context(calibration=ids, padding=padding))
+    rank = round(0.5 * entry.factors.rank)
+    changed = program.clone()
+    up, down = entry.factors.at(rank)
+    changed.set_weight(entry.stack.layers[0].weight, up @ down)
+    near, exact = (form(ids, padding, torch.zeros_like(ids))[0].log_softmax(-1) for form in (changed, program))
+    divergence = kl_div(near, exact, reduction="none", log_target=True).sum(-1)
+    if divergence.dim() == 2:
+        divergence = divergence[padding.bool()]
+    assert float(divergence.mean()) > 0
+    assert float(losses[rank]) == pytest.approx(float(divergence.mean()), rel=0.02, abs=1e-7)
 
 
 def test_a_weight_comes_back_though_the_run_fails(monkeypatch):

@@ -3,9 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from skink.budget import Workload, pricing
 from skink.errors import BudgetError
+from skink.graph.capture import capture
+from skink.graph.pipeline import Pipeline
+from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose.reduce_width.finding import find_parts
 from skink.passes.decompose.reduce_width.reduce_width import KINDS
 from skink.passes.decompose.reduce_width.sharing import (
@@ -18,7 +22,7 @@ from skink.passes.decompose.reduce_width.sharing import (
 )
 from skink.passes.decompose.selection import choose_layers
 from tests.graph.programs import canonical
-from tests.models import tiny
+from tests.models import VOCABULARY, tiny
 from tests.passes.decompose.reduce_width.test_reduce_width import text
 
 COUNT = pricing("params", canonical("llama"))
@@ -32,6 +36,7 @@ def part(width, rows=10, losses=None, name="a"):
         width=width,
         losses=losses,
         shapes=lambda at: [("w", rows, at)],
+        can_have=lambda at: 0 < at <= width,
     )
 
 
@@ -72,7 +77,7 @@ def test_the_budget_counts_what_no_part_covers(family, kinds):
     parts = find_parts(program, choice, kinds, "two-sided")
     whole = sum(layer.parameters for layer in counted)
     own = sum(out * in_ for part in parts for _, out, in_ in part.shapes(part.width))
-    assert budget_for(parts, counted, COUNT, 0.75) == pytest.approx(0.75 * whole - (whole - own))
+    assert budget_for(parts, counted, COUNT, 0.75) == (pytest.approx(0.75 * whole), whole - own)
     assert (own == whole) == (kinds == KINDS)
 
 
@@ -82,7 +87,8 @@ def test_by_loss_takes_where_it_costs_least():
     offers = [widths_on_offer(entry, multiple=1, floor=0.2) for entry in parts]
     assert by_loss(parts, offers, COUNT, budget=150.0) == [5, 10]
     assert by_loss(parts, offers, COUNT, budget=110.0) == [2, 9]
-    with pytest.raises(BudgetError, match=r"BUDGET-001"):
+    assert by_loss(parts, offers, COUNT, budget=150.0, fixed=40.0) == [2, 9]
+    with pytest.raises(BudgetError, match=r"BUDGET-001\].* 40 is the least, of 200 as it is"):
         by_loss(parts, offers, COUNT, budget=39.0)
 
 
@@ -97,7 +103,8 @@ def test_by_share_takes_alike_from_equals_and_less_from_what_matters():
     gone = [1 - found[0] / 100, 1 - found[1] / 50]
     assert gone[1] / gone[0] == pytest.approx(float(shares[1] / shares[0]), rel=0.1)
     assert 1180 <= 10 * sum(found) <= 1200
-    with pytest.raises(BudgetError, match=r"BUDGET-001"):
+    assert by_share(parts, offers, COUNT, 1300.0, [0.3, 0.3], fixed=100.0) == [80, 40]
+    with pytest.raises(BudgetError, match=r"BUDGET-001\].* 20 is the least, of 1500 as it is"):
         by_share(parts, offers, COUNT, 10.0, [0.0, 0.0])
 
 
@@ -119,3 +126,20 @@ def test_block_influence_is_one_minus_the_cosine_of_a_layers_ends(family):
     found = block_influence(program, parts, text(), None)
     expected = [1 - float(cosines[int(".1." in part.lead.name)]) for part in parts]
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification, AutoModelForQuestionAnswering])
+def test_block_influence_of_an_encoder(kind):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = kind.from_config(AutoConfig.for_model("bert", **sizes, num_attention_heads=2)).eval()
+    program = capture(model)
+    Pipeline((Canonicalize(),)).run(program, verify=0)
+    choice, _ = choose_layers(program, "test", (), ("*pooler*",))
+    parts = find_parts(program, choice, KINDS, "two-sided")
+    ids = text(4, 10)
+    padding = (torch.arange(10) < 6).long().expand(4, 10)
+    found = block_influence(program, parts, ids, padding)
+    # What stands at padding counts for nothing, and each layer has a number of its own.
+    assert found == pytest.approx(block_influence(program, parts, ids * padding, padding), rel=1e-4)
+    assert len({round(influence, 9) for influence in found}) == 2
