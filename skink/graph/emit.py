@@ -6,7 +6,7 @@ tree at every call, so that a layer which PEFT or a user swaps for another is th
 """
 
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from skink.graph.program import Program, store_weight
+from skink.kernels.pivoted_linear.columns import index_select
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def build_tree(programs: Sequence[Program], *, copy: bool = True) -> nn.Module:
             layer = linear_owner(program, node)
             if layer is not None and layer not in _paths(root):
                 _add(root, layer, _make_linear(node, layer, tensors))
-            layer = _embedding_owner(node)
+            layer = embedding_owner(node)
             if layer is not None and layer not in _paths(root):
                 _add(root, layer, _make_embedding(node, tensors[f"{layer}.weight"]))
         present = _tensor_names(root)
@@ -51,21 +52,50 @@ def bind(program: Program) -> Callable[..., Any]:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        layer = linear_owner(program, node) or _embedding_owner(node)
-        if layer is not None:
-            data = node.args[1] if node.target is aten.embedding.default else node.args[0]
-            values[node] = graph.call_module(layer, (values[data],))
-        elif "layers" in node.meta:
-            pair = [graph.get_attr(path) for path in node.meta["layers"]]
-            values[node] = graph.call_function(pair_of_layers(node.target), (*pair, values[node.args[0]]))
-        elif "pivoted_layers" in node.meta:
-            pair = [graph.get_attr(path) for path in node.meta["pivoted_layers"]]
-            order = fx.map_arg(node.args[5] if len(node.args) > 5 else None, values.__getitem__)
-            values[node] = graph.call_function(pivoted_layers(node.target), (*pair, values[node.args[0]], order))
-        elif node.op == "output":
+        if node.op == "output":
             graph.output(fx.map_arg(node.args[0], values.__getitem__))
         else:
-            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node] = _bound(program, node, graph, values)
+    return _compiled(graph)
+
+
+def bind_part(
+    program: Program, nodes: Iterable[fx.Node], entries: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> Callable[..., Any]:
+    """As `bind` for some of the program's nodes: `(tree, *inputs, *entries) -> list of results`.
+
+    Args:
+        program: the nodes' program.
+        nodes: what to run, in order; inputs are none of them.
+        entries: values that are given.
+        results: values that come back, whether made here or given.
+    """
+    graph = fx.Graph()
+    values = {node: graph.node_copy(node) for node in program.graph.find_nodes(op="placeholder")}
+    values.update((node, graph.placeholder(node.name)) for node in entries)
+    for node in nodes:
+        values[node] = _bound(program, node, graph, values)
+    graph.output([values[node] for node in results])
+    return _compiled(graph)
+
+
+def _bound(program: Program, node: fx.Node, graph: fx.Graph, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The node in `graph` that computes what `node` does, by calls of layers where layers hold its weights."""
+    layer = linear_owner(program, node) or embedding_owner(node)
+    if layer is not None:
+        data: Any = node.args[1] if node.target is aten.embedding.default else node.args[0]
+        return graph.call_module(layer, (values[data],))
+    if "layers" in node.meta:
+        pair = [graph.get_attr(path) for path in node.meta["layers"]]
+        return graph.call_function(pair_of_layers(node.target), (*pair, values[node.args[0]]))  # type: ignore[index]
+    if "pivoted_layers" in node.meta:
+        pair = [graph.get_attr(path) for path in node.meta["pivoted_layers"]]
+        order = fx.map_arg(node.args[5] if len(node.args) > 5 else None, values.__getitem__)
+        return graph.call_function(pivoted_layers(node.target), (*pair, values[node.args[0]], order))  # type: ignore[index]
+    return graph.node_copy(node, values.__getitem__)
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     code = graph.python_code("self")
     # Known to linecache, so that a traceback through the graph shows its lines.
@@ -99,7 +129,7 @@ def pivoted_layers(kernel: Callable[..., Tensor]) -> Callable[[nn.Module, nn.Mod
             return kernel(input, kept.weight, rest.weight, kept.bias, rest.bias, order)
         z = kept(input)
         both = torch.cat([z, rest(z)], -1)
-        return both if order is None else both.index_select(-1, order)
+        return both if order is None else index_select(both, -1, order)
 
     return run_pivoted
 
@@ -120,7 +150,7 @@ def linear_owner(program: Program, node: fx.Node) -> str | None:
     names = [str(weight.target), *(alias for alias, name in program.aliases.items() if name == weight.target)]
     for name in reversed(names):
         layer, _, leaf = name.rpartition(".")
-        if not layer or leaf != "weight" or any(_embedding_owner(user) == layer for user in weight.users):
+        if not layer or leaf != "weight" or any(embedding_owner(user) == layer for user in weight.users):
             continue
         bias_matches = bias is None or (
             isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == f"{layer}.bias"
@@ -133,7 +163,7 @@ def linear_owner(program: Program, node: fx.Node) -> str | None:
     return None
 
 
-def _embedding_owner(node: fx.Node) -> str | None:
+def embedding_owner(node: fx.Node) -> str | None:
     if node.target is not aten.embedding.default:
         return None
     weight = node.args[0]

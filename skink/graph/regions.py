@@ -17,6 +17,7 @@ from skink.errors import GraphError
 from skink.graph.passes import Progress
 from skink.graph.program import Program
 from skink.kernels import OpCall, find_op
+from skink.kernels.pivoted_linear.columns import index_select
 
 Visit = Callable[[fx.Node, Any], None]
 """Called with a wanted node and its value, once per batch, while that batch runs."""
@@ -107,7 +108,7 @@ def split_regions(program: Program, wanted: Collection[fx.Node]) -> list[Region]
     order = [node for node in program.graph.nodes if node.op == "call_function"]
     position = {node: index for index, node in enumerate(order)}
     needed = _ancestors(wanted, frozenset())
-    derived = _derived_from_inputs(program)
+    derived = derived_from_inputs(program)
     last_use = {
         node: max((position[user] for user in node.users if user in needed), default=-1)
         for node in order
@@ -173,7 +174,7 @@ def _ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node]) -> set[fx.No
     return found
 
 
-def _derived_from_inputs(program: Program) -> set[fx.Node]:
+def derived_from_inputs(program: Program) -> set[fx.Node]:
     """Calls that depend on inputs and buffers alone."""
     derived: set[fx.Node] = set()
     for node in program.graph.nodes:
@@ -254,7 +255,7 @@ def run_plan(
             else:
                 args: tuple[Any, ...] = fx.map_arg(node.args, values.__getitem__)
                 kwargs: dict[str, Any] = fx.map_arg(node.kwargs, values.__getitem__)
-                value = _kernel(node.target, args, kwargs, training=training)(*args, **kwargs)
+                value = kernel_for(node.target, args, kwargs, training=training)(*args, **kwargs)
                 if node in visited and visit is not None:
                     if training and not value.requires_grad and value.is_floating_point():
                         value = value.detach().requires_grad_()
@@ -265,7 +266,7 @@ def run_plan(
     return {node: values[node] for node in results}
 
 
-def _kernel(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool) -> Callable[..., Any]:
+def kernel_for(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool) -> Callable[..., Any]:
     """What computes a call: for an op of Skink's its first kernel that serves the call, otherwise the target itself.
 
     References are written to be read: attention's alone would take more time than all of calibration's other work.
@@ -277,6 +278,8 @@ def _kernel(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, tr
         variant, _ = op.choose(OpCall(arguments, device), training=training)
         if variant is not None:
             return variant.load()
+    if target is aten.index_select.default:
+        return index_select
     function: Callable[..., Any] = target
     return function
 

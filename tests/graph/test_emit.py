@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from skink.graph.capture import capture
-from skink.graph.emit import bind, build_tree, pair_of_layers, pivoted_layers, tied_names
+from skink.graph.emit import bind, bind_part, build_tree, pair_of_layers, pivoted_layers, tied_names
 from skink.graph.program import Program
 from skink.graph.state import derive_step
 from skink.kernels.low_rank_linear.reference import low_rank_linear
@@ -96,6 +96,30 @@ def test_without_a_copy_tensors_are_shared() -> None:
     assert own.get_parameter(name).data_ptr() != program.weight(name).data_ptr()
     assert shared.get_parameter(name).requires_grad
     assert not program.weight(name).requires_grad
+
+
+def test_parts_run_one_after_the_other_on_one_tree() -> None:
+    program = canonical("llama")
+    inputs = batch(2, 7, padding=2)
+    tree = build_tree([program])
+    calls = [node for node in program.graph.nodes if node.op in ("call_function", "get_attr")]
+    cut = next(i for i, node in enumerate(calls) if "layers.1" in str(node.meta.get("module", "")) and i)
+    logits = program.graph.output_node().all_input_nodes
+    read = {node for user in (*calls[cut:], *logits) for node in user.all_input_nodes}
+    between = [node for node in calls[:cut] if node in read]
+    first = bind_part(program, calls[:cut], [], between)
+    second = bind_part(program, calls[cut:], between, logits)
+    (found,) = second(tree, *inputs, *first(tree, *inputs))
+    assert torch.equal(found, program(*inputs)[0])
+
+
+def test_a_part_hands_on_what_it_is_given() -> None:
+    program = canonical("llama")
+    inputs = batch(1, 4)
+    node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)[0]
+    part = bind_part(program, [], [node], [node])
+    value = torch.ones(1)
+    assert part(nn.Module(), *inputs, value)[0] is value
 
 
 def test_it_compiles_as_one_graph() -> None:

@@ -47,9 +47,11 @@ def _sorted(
     ranked, order = chosen.reshape(-1).sort(stable=True)
     # Where each expert's pairs of token and choice begin and end among the sorted ones; the one copy to the host.
     bounds = torch.searchsorted(ranked, torch.arange(number + 1, dtype=ranked.dtype, device=ranked.device)).tolist()
+    # Where nobody chose, the first expert computes no rows, so that gradients are zeros and not missing.
+    idle = bounds[0] == bounds[-1]
     for expert in range(number):
         pairs = order[bounds[expert] : bounds[expert + 1]]
-        if not len(pairs):
+        if not len(pairs) and not (idle and expert == 0):
             continue
         rows = pairs.div(choices, rounding_mode="floor")
         hidden = _product(tokens[rows], up[expert], up_bias[expert] if up_bias is not None else None, transposed)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from skink.kernels.pivoted_linear.columns import index_select
+
 
 def pivoted_linear(
     input: Tensor,
@@ -29,4 +31,4 @@ def pivoted_linear(
     """
     z = linear(input, kept, kept_bias)
     both = torch.cat([z, linear(z, rest, rest_bias)], -1)
-    return both if order is None else both.index_select(-1, order)
+    return both if order is None else index_select(both, -1, order)

@@ -19,6 +19,7 @@ from skink.graph.program import Program, Stage
 from skink.graph.propagate import ShapeContext, evaluate, refresh
 from skink.graph.rewriter import Rewriter, describe
 from skink.kernels import OpCall, find_op
+from skink.kernels.pivoted_linear.columns import index_select
 from skink.passes.lower.forms import Decision, Target, is_linear
 from skink.passes.lower.fuse_low_rank import ThinPairs
 from skink.passes.lower.fuse_pivoted import PivotedPairs
@@ -70,6 +71,9 @@ def lower(
     else:
         values = evaluate(lowered, ShapeContext(lowered), weights_as=dtype)
     choices = [_bind(node, values, place, training) for node in lowered.graph.nodes if find_op(node.target) is not None]
+    # Columns of pivoted layers that were not fused.
+    for node in lowered.graph.find_nodes(op="call_function", target=torch.ops.aten.index_select.default):
+        node.target = index_select
     # A fused pair is chosen about like any op; the others are no ops.
     choices += [Choice(pair.node, pair.op, pair.form, pair.refused) for pair in pairs if pair.form != "fused"]
     lowered.stage = Stage.LOWERED

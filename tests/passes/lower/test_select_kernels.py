@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from skink.graph.program import Stage
 from skink.graph.state import derive_step
 from skink.kernels import find_op
 from skink.kernels.cpp.library import library
+from skink.kernels.pivoted_linear.columns import index_select
 from skink.passes.lower import Choice, lower
 from tests.graph.stepping import empty_state, step_through
-from tests.programs import batch, canonical, distance
+from tests.programs import batch, canonical, canonicalized, distance
 
 
 def kernels(choices: tuple[Choice, ...]) -> dict[str, set[str]]:
@@ -121,3 +123,20 @@ def test_lowering_twice_changes_nothing() -> None:
     again, rest = lower(lowered)
     assert str(again) == str(lowered)
     assert len(rest) == sum(choice.kernel == "reference" for choice in choices)
+
+
+def test_columns_are_picked_by_the_quicker_function() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("order", torch.tensor([2, 0, 2]))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x.index_select(-1, self.order), x.index_select(1, self.order)
+
+    x = torch.randn(2, 5, 4)
+    program, _ = canonicalized(Picks(), x)
+    lowered, _ = lower(program)
+    assert len(lowered.graph.find_nodes(op="call_function", target=index_select)) == 2
+    for got, expected in zip(lowered(x), program(x), strict=True):
+        assert torch.equal(got, expected)
