@@ -43,6 +43,16 @@ CODES: dict[str, str] = {
     "CALIBRATION-002": "calibration needed and none given",
     "CALIBRATION-003": "calibration statistics that are not finite",
     "CALIBRATION-004": "calibration data that does not fit the model's inputs",
+    "RECOVER-001": "nothing to train",
+    "RECOVER-002": "training text that holds held-out text",
+    "RECOVER-003": "training whose loss or gradient is not finite",
+    "RECOVER-004": "checkpoints of training that cannot be read",
+    "RECOVER-005": "a pass that trains, and no text for it",
+    "RECOVER-006": "a teacher that does not fit the student",
+    "RECOVER-007": "no place where teacher and student could be compared",
+    "RECOVER-008": "training text that cannot be used",
+    "RECOVER-010": "a trained weight that its dtype cannot hold",
+    "RECOVER-011": "an adapter on a weight that something else reads too",
     "MODEL-001": "a folder or name that is not a checkpoint",
     "MODEL-002": "a damaged or incomplete weights file",
     "MODEL-003": "a checkpoint that needs code or pickles to load",
@@ -145,6 +155,10 @@ class BudgetError(SkinkError):
 
 class CalibrationError(SkinkError):
     """Calibration data that cannot be used."""
+
+
+class RecoveryError(SkinkError):
+    """A model that cannot be trained, or not on what was given."""
 
 
 class ModelError(SkinkError):

@@ -28,6 +28,9 @@ class Settings:
         break_even: `measure` lets measured times decide how low-rank layers run, `off` takes the fused kernel wherever
             one serves. `SKINK_BREAK_EVEN`.
         cache: folder for what was measured on this machine. `SKINK_CACHE`, default the user's own: see `cache_folder`.
+        process: this process's place among those that `torchrun` or `accelerate launch` started. `RANK`, default 0.
+        local_process: its place among those on this machine, the number of its device. `LOCAL_RANK`, default 0.
+        processes: how many they are. `WORLD_SIZE`, default 1.
     """
 
     verify: int = 2
@@ -38,6 +41,14 @@ class Settings:
     kernels: str = "auto"
     break_even: str = "measure"
     cache: Path | None = None
+    process: int = 0
+    local_process: int = 0
+    processes: int = 1
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.process == 0
 
 
 @lru_cache(maxsize=1)
@@ -59,6 +70,9 @@ def settings() -> Settings:
         kernels=_choice("SKINK_KERNELS", "auto", ("auto", "reference")),
         break_even=_choice("SKINK_BREAK_EVEN", "measure", ("measure", "off")),
         cache=Path(cache) if cache else None,
+        process=_number("RANK") or 0,
+        local_process=_number("LOCAL_RANK") or 0,
+        processes=_number("WORLD_SIZE") or 1,
     )
 
 

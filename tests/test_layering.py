@@ -13,7 +13,7 @@ PACKAGE = Path(skink.__file__).parent
 
 # Each layer may import those before it.
 LAYERS = (
-    *("errors", "settings", "kernels", "graph", "budget", "passes", "evaluation", "export"),
+    *("errors", "settings", "kernels", "graph", "budget", "training", "passes", "evaluation", "export"),
     *("compression", "exploration", "cli"),
 )
 

@@ -38,6 +38,15 @@ def test_variables(set_environment: Callable[..., None]) -> None:
     assert (found.instruction_set, found.kernels) == ("avx2", "reference")
 
 
+def test_a_process_knows_its_place(set_environment: Callable[..., None]) -> None:
+    set_environment(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
+    found = settings()
+    assert (found.process, found.local_process, found.processes, found.main_process) == (3, 1, 4, False)
+    set_environment(RANK="0", LOCAL_RANK="", WORLD_SIZE="")
+    assert settings().main_process
+    assert settings().processes == 1
+
+
 def test_empty_variables_are_unset(set_environment: Callable[..., None]) -> None:
     set_environment(**dict.fromkeys(VARIABLES, ""))
     assert settings() == Settings()

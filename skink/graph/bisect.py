@@ -21,6 +21,7 @@ from skink.graph.program import Edit, Program
 from skink.graph.propagate import refresh
 from skink.graph.rewriter import Rewriter
 from skink.graph.verifier import Numbers, check_structure, difference, results_of, seeded_inputs
+from skink.graph.windows import Windows
 
 # Lines of the program shown around what an edit changed.
 _CONTEXT = 3
@@ -68,6 +69,16 @@ class BisectResult:
 
 
 @dataclass(frozen=True)
+class _Texts:
+    """What passes are given to read."""
+
+    calibration: Tensor | None
+    padding: Tensor | None
+    training: Windows | None
+    held_out: Windows | None
+
+
+@dataclass(frozen=True)
 class _Trial:
     """One run with a limit."""
 
@@ -88,6 +99,8 @@ def bisect(
     failure: Failure | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     padding: Tensor | None = None,
+    training: Windows | None = None,
+    held_out: Windows | None = None,
 ) -> BisectResult:
     """The first edit that makes a pipeline fail.
 
@@ -102,6 +115,8 @@ def bisect(
         failure: look for a failure like this; otherwise for the one that the whole pipeline has.
         progress: called with the number of runs done, and about how many there will be.
         padding: which tokens of the windows are text (1) and which padding (0), int64[N, T]; None: all are text.
+        training: text to train on. A pass that trains does so in every run that comes to it.
+        held_out: text that such a pass judges by.
 
     Raises:
         BisectError: BISECT-001 where the check fails without any edit, or passes with all of them.
@@ -111,7 +126,8 @@ def bisect(
     """
     if error_above is not None:
         check_range("error_above", error_above, low=0.0, high=math.inf)
-    search = _Search(program, pipeline, calibration, padding, seed, verify, error_above)
+    texts = _Texts(calibration, padding, training, held_out)
+    search = _Search(program, pipeline, texts, seed, verify, error_above)
     whole = search.run(None)
     wanted = failure if failure is not None and error_above is None else whole.failure
     if wanted is None or not _alike(wanted, whole.failure):
@@ -201,15 +217,14 @@ class _Search:
         self,
         program: Program,
         pipeline: Pipeline,
-        calibration: Tensor | None,
-        padding: Tensor | None,
+        texts: _Texts,
         seed: int,
         verify: int,
         error_above: float | None,
     ) -> None:
         refresh(program)
         self._program, self._pipeline, self._seed = program, pipeline, seed
-        self._calibration, self._padding = calibration, padding
+        self._texts = texts
         # The error is computed here, once for each run: not after each edit, and where it is what is looked for not
         # after each pass either.
         self._verify = min(verify, 2 if error_above is None else 1)
@@ -226,8 +241,7 @@ class _Search:
         copy = self._program.clone()
         done = self._pipeline.attempt(
             copy,
-            calibration=self._calibration,
-            padding=self._padding,
+            **vars(self._texts),
             seed=self._seed,
             verify=self._verify,
             limit=None if limit is None else self.first + limit,

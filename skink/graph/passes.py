@@ -5,9 +5,10 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from skink.graph.analyses import Analyses, Analysis
 from skink.graph.pattern import NoMatch
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
+from skink.graph.windows import Windows
 
 T = TypeVar("T")
 
@@ -39,6 +41,10 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
+def _mute(said: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Context:
     """What a pipeline gives its passes.
@@ -49,6 +55,11 @@ class Context:
         progress: to be called now and then by passes that take long.
         analyses: answers that passes before this one were given and that hold still.
         padding: which tokens of the windows are text (1) and which padding (0), int64[N, T]; None: all are text.
+        training: text to train on; None where the user gave none.
+        held_out: text that no pass learns from, which passes may only judge by.
+        original: the program as the pipeline was given it, or the teacher that the user named; not to be edited.
+        checkpoints: folder for what a pass that takes long keeps of its work, to go on from; None: nothing is kept.
+        status: to be told, beside `progress`, what a pass that takes long is at, in a few words.
     """
 
     calibration: Tensor | None = None
@@ -56,6 +67,11 @@ class Context:
     progress: Progress = _silent
     analyses: Analyses = field(default_factory=Analyses)
     padding: Tensor | None = None
+    training: Windows | None = None
+    held_out: Windows | None = None
+    original: Program | None = None
+    checkpoints: Path | None = None
+    status: Callable[[str], None] = _mute
 
     def analysis(self, analysis: Analysis[T], program: Program) -> T:
         """The answer to a question about `program` as it is now: `context.analysis(Cost(), program)`."""
@@ -87,12 +103,16 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did: how many edits, which matches it refused and why, and what it did to each weight."""
+    """What a pass did: how many edits, which matches it refused and why, and what it did to each weight.
+
+    `training` is what a pass that trains did: the fields of `skink.export.report.Recovery`, as plain values.
+    """
 
     edits: int
     refused: tuple[NoMatch, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    training: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,16 +145,35 @@ class Pass:
         """Whether these options cannot run without calibration text."""
         return False
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether these options cannot run without the program that the pipeline was given."""
+        return False
+
+    def training_tokens(self, length: int) -> int:
+        """Tokens of training text that it reads, in windows of so many tokens; 0 for a pass that does not train."""
+        return 0
+
+    def applies(self, option: str) -> bool:
+        """Whether an option says anything, given the others; what does not is left out of `describe`."""
+        return True
+
+    def resolved(self) -> Self:
+        """The same pass, with options that others decide about where they are left open written out."""
+        return self
+
     def options(self) -> dict[str, Any]:
         """All options by name."""
         return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
 
     def describe(self) -> str:
         """The one-line form with every option that is set, defaults too: `low-rank{keep=0.8,method=whitened}`."""
+        whole = self.resolved()
         options = [
             f"{entry.name}={_option_text(value)}"
             for entry in dataclasses.fields(self)
-            if (value := getattr(self, entry.name)) not in ((), None) or value != entry.default
+            if self.applies(entry.name)
+            if (value := getattr(whole, entry.name)) not in ((), None) or value != entry.default
         ]
         return f"{self.name}{{{','.join(options)}}}" if options else self.name
 

@@ -1,12 +1,13 @@
 """`Pipeline`: passes in order; a failure that is a pass's fault leaves a reproducer."""
 
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from skink.errors import CalibrationError, RecipeError, SkinkError
+from skink.errors import CalibrationError, RecipeError, RecoveryError, SkinkError
 from skink.graph.dump import program_text
 from skink.graph.failure import Failure
 from skink.graph.passes import Context, LayerRecord, Pass
@@ -16,6 +17,7 @@ from skink.graph.reproducer import Circumstances, write_reproducer
 from skink.graph.run import PassRecord, Progress, Run
 from skink.graph.snapshot import Snapshot
 from skink.graph.versions import package_of
+from skink.graph.windows import Windows
 from skink.settings import settings
 
 _log = logging.getLogger("skink.limit")
@@ -25,6 +27,25 @@ _DEFECTS = ("VERIFY-", "REWRITE-", "DEFECT-")
 
 def _silent(name: str, done: int, total: int) -> None:
     pass
+
+
+def _mute(said: str) -> None:
+    pass
+
+
+def check_training_text(passes: Iterable[Pass], *, given: bool) -> None:
+    """Refuse passes that train where there is no text to train on.
+
+    Raises:
+        RecoveryError: RECOVER-005.
+    """
+    training = [entry for entry in passes if entry.training_tokens(2) > 0]
+    if training and not given:
+        raise RecoveryError(
+            "RECOVER-005",
+            f"pass {training[0]} trains, and no text to train on was given.",
+            fix="give --training FILES, or --training stdlib for Python source (in Python training=...).",
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +116,11 @@ class Pipeline:
         verify: int | None = None,
         progress: Progress = _silent,
         padding: Tensor | None = None,
+        training: Windows | None = None,
+        held_out: Windows | None = None,
+        original: Program | None = None,
+        checkpoints: Path | None = None,
+        status: Callable[[str], None] = _mute,
     ) -> PipelineResult:
         """Run every pass on `program`, in place; a failure that is a pass's fault leaves a reproducer.
 
@@ -105,11 +131,17 @@ class Pipeline:
             verify: 0, 1, 2 or 3; `SKINK_VERIFY` by default.
             progress: called with a pass's name and how much of its work is done.
             padding: which tokens of the windows are text (1) and which padding (0), int64[N, T]; None: all are text.
+            training: text to train on, for passes that do.
+            held_out: text that such a pass may judge by, and learns nothing from.
+            original: what such a pass may learn from, in canonical form; by default the program as it is given here.
+            checkpoints: folder where such a pass keeps its work, to go on from; None: nothing is kept.
+            status: told now and then what such a pass is at.
 
         Raises:
             RecipeError: RECIPE-003 where the program has not reached the stage that the pipeline starts from.
             VerifyError: VERIFY-001, VERIFY-002.
             CalibrationError: CALIBRATION-002 where a pass needs calibration and there is none.
+            RecoveryError: RECOVER-005 where a pass trains and there is no text for it.
         """
         level = settings().verify if verify is None else verify
         limit, dump = settings().rewrite_limit, settings().dump
@@ -123,6 +155,11 @@ class Pipeline:
             dump=dump,
             progress=progress,
             padding=padding,
+            training=training,
+            held_out=held_out,
+            original=original,
+            checkpoints=checkpoints,
+            status=status,
         )
         # Whoever cut a program short by an earlier pipeline was told then.
         if limit is not None and self.passes and len(program.edits) >= limit and (edits < limit or limit == 0):
@@ -139,7 +176,8 @@ class Pipeline:
             done.error.add_note(f"in pass {self.passes[done.index]}, on this program:\n{program_text(program)}")
         if not isinstance(done.error, SkinkError) or done.error.code.startswith(_DEFECTS):
             packages = tuple(dict.fromkeys(package_of(type(entry).__module__) for entry in self.passes))
-            at = Circumstances(str(self), packages, self.start, done.index, seed, level, limit, calibration, padding)
+            texts = (calibration, padding, training, held_out)
+            at = Circumstances(str(self), packages, self.start, done.index, seed, level, limit, *texts)
             _leave_reproducer(dump, done, at)
         raise done.error
 
@@ -155,6 +193,11 @@ class Pipeline:
         dump: Path | None = None,
         progress: Progress = _silent,
         padding: Tensor | None = None,
+        training: Windows | None = None,
+        held_out: Windows | None = None,
+        original: Program | None = None,
+        checkpoints: Path | None = None,
+        status: Callable[[str], None] = _mute,
     ) -> Attempt:
         """As `run`, but a failure in a pass or its verification is returned and leaves nothing behind.
 
@@ -169,10 +212,16 @@ class Pipeline:
             dump: folder for the program's text after each pass that changed it.
             progress: called with a pass's name and how much of its work is done.
             padding: as `run`.
+            training: as `run`.
+            held_out: as `run`.
+            original: as `run`.
+            checkpoints: as `run`.
+            status: as `run`.
 
         Raises:
             RecipeError: as `run`.
             CalibrationError: as `run`.
+            RecoveryError: as `run`.
         """
         if program.stage < self.start:
             raise RecipeError(
@@ -187,10 +236,24 @@ class Pipeline:
                     f"pass {entry} needs calibration text, and none was given.",
                     fix="give --calibration FILES (in Python calibration=...).",
                 )
+        check_training_text(self.passes, given=training is not None)
         refresh(program)
-        run = Run(program, Context(calibration, seed, padding=padding), verify, limit, dump, progress)
+        context = Context(
+            calibration,
+            seed,
+            padding=padding,
+            training=training,
+            held_out=held_out,
+            original=original,
+            checkpoints=checkpoints,
+            status=status,
+        )
+        run = Run(program, context, verify, limit, dump, progress)
         records: list[PassRecord] = []
+        learns = any(entry.needs_original for entry in self.passes)
         for index, entry in enumerate(self.passes):
+            if learns:
+                run.keep_original()
             if limit is not None and len(program.edits) >= limit and index > through:
                 break
             run.remember()

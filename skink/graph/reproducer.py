@@ -5,6 +5,7 @@
     start.json           the program as the pipeline got it          start.safetensors    its weights
     before.json          the program just before the failing pass    before.safetensors   those that differ by then
     calibration.safetensors   token windows, and which tokens are padding, where there are any
+    training.safetensors, held_out.safetensors   likewise, for passes that train; not where they are too large
     edits.jsonl          the edits made before the failing pass, a line of JSON each
     program.txt          the program just before the failing pass, to be read
     error.txt            the error with its traceback
@@ -37,12 +38,16 @@ from skink.graph.serialization import load_graph, program_to_json
 from skink.graph.snapshot import Snapshot
 from skink.graph.verifier import first_line
 from skink.graph.versions import versions
+from skink.graph.windows import Windows
 
 FORMAT = 1
 FILE = "reproducer.json"
 
 # Of both programs together. What fits into an attachment is worth keeping; a large model's owner has its weights.
 WEIGHTS_LIMIT = 2**30
+
+# What passes that train read.
+_TEXTS = ("training", "held_out")
 
 _EDIT_TEXTS = ("pass_name", "rule", "node", "qualified_name", "detail", "source")
 
@@ -61,6 +66,8 @@ class Circumstances:
         limit: the most edits, or None.
         calibration: token windows, or None.
         padding: which of their tokens are text (1) and which padding (0), or None.
+        training: text to train on, or None.
+        held_out: text that a pass that trains judges by, or None.
     """
 
     pipeline: str
@@ -72,6 +79,8 @@ class Circumstances:
     limit: int | None
     calibration: Tensor | None
     padding: Tensor | None = None
+    training: Windows | None = None
+    held_out: Windows | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,11 @@ def _write_rest(
 ) -> None:
     """Everything but the programs and their weights."""
     if at.calibration is not None:
-        padding = {} if at.padding is None else {"padding": at.padding}
-        _write_tensors(folder / "calibration.safetensors", {"tokens": at.calibration, **padding})
+        _write_windows(folder / "calibration.safetensors", Windows(at.calibration, padding=at.padding))
+    # Text of any length may be trained on.
+    texts = {name: text for name in _TEXTS if (text := getattr(at, name)) is not None and _size(text) < WEIGHTS_LIMIT}
+    for name, text in texts.items():
+        _write_windows(folder / f"{name}.safetensors", text)
     content = {
         "format": FORMAT,
         "failure": vars(failure),
@@ -159,6 +171,7 @@ def _write_rest(
         "limit": at.limit,
         "weights": kept,
         "calibration": at.calibration is not None,
+        **{name: {"source": text.source, "sha256": text.sha256} for name, text in texts.items()},
         "edits_at_start": len(start.edits),
     }
     _write_json(folder / FILE, content)
@@ -166,14 +179,32 @@ def _write_rest(
     dump_edits(folder, before.edits)
     trace = "".join(traceback.format_exception(error))
     missing = "" if kept else _WITHOUT_WEIGHTS
-    texts = {
+    files = {
         "pipeline.txt": at.pipeline,
         "error.txt": f"{failure.text}\n\n{trace}",
         "program.txt": program_text(before.program(), weights=True),
         "README.txt": _README.format(failure=failure.text, pass_name=failure.pass_name, missing=missing),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
+    for name, content_of in files.items():
+        (folder / name).write_text(content_of.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _size(text: Windows) -> int:
+    """Bytes that windows take in a file."""
+    return text.tokens.numel() * text.tokens.element_size() * (1 if text.padding is None else 2)
+
+
+def _write_windows(path: Path, text: Windows) -> None:
+    _write_tensors(path, {"tokens": text.tokens, **({} if text.padding is None else {"padding": text.padding})})
+
+
+def _read_windows(folder: Path, name: str, content: Mapping[str, Any]) -> Windows | None:
+    """Windows where reproducer.json names them; it may be older than they are."""
+    about = content.get(name)
+    if about is None:
+        return None
+    tensors = _tensors(folder / f"{name}.safetensors")
+    return Windows(tensors["tokens"], _text(about["source"]), _text(about["sha256"]), tensors.get("padding"))
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -239,6 +270,7 @@ def read_reproducer(folder: Path, weights: Mapping[str, Tensor] | None = None) -
             limit=None if content["limit"] is None else _number(content["limit"]),
             calibration=None if text is None else text["tokens"],
             padding=None if text is None else text.get("padding"),
+            **{name: _read_windows(folder, name, content) for name in _TEXTS},
         )
         versions_there = {str(name): _text(value) for name, value in known.items()}
         return Reproducer(failure, circumstances, start, before, versions_there, not start.is_meta)

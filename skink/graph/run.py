@@ -9,7 +9,7 @@ from skink.errors import OutputError
 from skink.graph.analyses import Basis, weights_state
 from skink.graph.dump import dump_edits, dump_program
 from skink.graph.passes import Context, Pass, PassResult
-from skink.graph.program import Edit, Program
+from skink.graph.program import Edit, Program, Stage
 from skink.graph.rewriter import Rewriter, describe
 from skink.graph.snapshot import Snapshot
 from skink.graph.verifier import (
@@ -57,6 +57,11 @@ class Run:
         self.start: Snapshot | None = None
         self.before: Snapshot | None = None
         self._remembered: tuple[object, ...] = ()
+
+    def keep_original(self) -> None:
+        """Keep a copy of the program, once it is canonical, for passes to learn from where nobody named another."""
+        if self._context.original is None and self._program.stage >= Stage.CANONICAL:
+            self._context = replace(self._context, original=self._program.clone())
 
     def remember(self) -> None:
         """Keep the program as it is, for a reproducer."""

@@ -9,8 +9,9 @@ from skink.errors import RecipeError, suggest
 from skink.graph.passes import Pass
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import BasisSharing, LowRank, ReduceWidth, Tucker
+from skink.passes.recover import Recover
 
-PASSES: tuple[type[Pass], ...] = (Canonicalize, LowRank, Tucker, BasisSharing, ReduceWidth)
+PASSES: tuple[type[Pass], ...] = (Canonicalize, LowRank, Tucker, BasisSharing, ReduceWidth, Recover)
 
 
 @dataclass(frozen=True)

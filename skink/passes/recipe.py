@@ -49,7 +49,7 @@ class Recipe:
         """The recipe with every option written out, as it is saved with a result."""
         content: dict[str, Any] = {"description": self.description} if self.description else {}
         content["passes"] = [
-            {entry.name: {key: list(v) if isinstance(v, tuple) else v for key, v in entry.options().items()}}
+            {entry.name: {key: list(v) if isinstance(v, tuple) else v for key, v in entry.resolved().options().items()}}
             for entry in self.passes
         ]
         if self.compare:

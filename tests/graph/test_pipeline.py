@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from skink.errors import CalibrationError, RecipeError, VerifyError
+from skink.errors import CalibrationError, RecipeError, RecoveryError, VerifyError
 from skink.graph.capture import capture
 from skink.graph.passes import Context, LayerRecord, Pass, PassResult
 from skink.graph.pattern import NoMatch
@@ -17,6 +17,7 @@ from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
 from skink.graph.serialization import program_from_json, program_to_json
+from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
 from tests.modules import One
 from tests.programs import canonical, captured
@@ -259,3 +260,77 @@ def test_a_limit_that_is_not_reached_says_nothing(
     set_environment(SKINK_REWRITE_LIMIT="100000")
     Pipeline((Canonicalize(),)).run(captured("llama").clone(), verify=0)
     assert not [record for record in caplog.records if record.name.startswith("skink")]
+
+
+@dataclass(frozen=True)
+class Learn(Pass):
+    """Says what it was given to learn from, and sets the first weight to the original's times two."""
+
+    name: ClassVar[str] = "learn"
+    summary: ClassVar[str] = "for tests"
+    requires: ClassVar[Stage] = Stage.CANONICAL
+    exactness: ClassVar[Literal["exact", "approximate"]] = "approximate"
+
+    teacher: bool = True
+
+    @property
+    def needs_original(self) -> bool:
+        return self.teacher
+
+    def training_tokens(self, length: int) -> int:
+        return 10 * length
+
+    def run(self, program: Program, rewriter: Rewriter, context: Context) -> PassResult:
+        assert context.training is not None
+        context.status("learning")
+        original = context.original
+        notes = (context.training.source, "none" if original is None else str(len(original.edits)))
+        if original is not None:
+            name, weight = next(iter(original.weights()))
+            program.set_weight(name, 2 * weight.detach())
+        return PassResult(edits=0, notes=notes, training={"steps": 1})
+
+
+TEXT = Windows(torch.zeros(2, 8, dtype=torch.int64), "a text", "12")
+
+
+def test_a_pass_that_trains_needs_text_before_anything_runs() -> None:
+    program = captured("llama")
+    with pytest.raises(RecoveryError, match=r"\[RECOVER-005\] pass learn trains, and no text to train on was given."):
+        Pipeline((Canonicalize(), Learn())).run(program)
+    assert program.stage is Stage.CAPTURED
+
+
+def test_the_original_is_the_canonical_program_before_its_rewrites() -> None:
+    program = captured("llama")
+    first = next(iter(program.weights()))[1].detach().clone()
+    said: list[str] = []
+    pipeline = Pipeline((Canonicalize(), Learn(), Learn(teacher=False), Learn()))
+    result = pipeline.run(program, verify=1, training=TEXT, status=said.append)
+    canonicalized = str(len(program.edits))
+    # The second of them learns from the same, not from what the first made.
+    assert [record.result.notes for record in result.passes[1:]] == [("a text", canonicalized)] * 3
+    assert torch.equal(next(iter(program.weights()))[1], 2 * first)
+    assert said == ["learning"] * 3
+    assert result.passes[1].result.training == {"steps": 1}
+
+
+def test_nobody_gets_an_original_that_nobody_asks_for() -> None:
+    program = canonical("llama")
+    result = Pipeline((Learn(teacher=False),), start=program.stage).run(program, verify=1, training=TEXT)
+    assert result.passes[0].result.notes == ("a text", "none")
+
+
+def test_a_teacher_that_is_named_is_the_original() -> None:
+    program, teacher = canonical("llama"), canonical("llama")
+    name, weight = next(iter(teacher.weights()))
+    teacher.set_weight(name, weight + 1)
+    Pipeline((Learn(),), start=program.stage).run(program, verify=1, training=TEXT, original=teacher)
+    assert torch.equal(program.weight(name), 2 * (weight + 1))
+
+
+def test_a_pass_that_trains_does_not_run_behind_the_limit(set_environment: Callable[..., None]) -> None:
+    set_environment(SKINK_REWRITE_LIMIT="3")
+    program = captured("llama")
+    result = Pipeline((Canonicalize(), Learn())).run(program, verify=1, training=TEXT)
+    assert [record.pass_.name for record in result.passes] == ["canonicalize"]

@@ -22,6 +22,7 @@ from skink.graph.failure import Failure
 from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program, Stage
 from skink.graph.reproducer import Circumstances, Reproducer, read_reproducer, write_reproducer
+from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
 from skink.settings import settings
@@ -300,3 +301,32 @@ def test_nothing_in_a_folder_is_a_pickle(left: Path) -> None:
     kept = {path.suffix for path in left.iterdir()}
     assert kept == {".txt", ".json", ".jsonl", ".safetensors"}
     assert isinstance(read_reproducer(left), Reproducer)
+
+
+def test_text_to_train_on_comes_along(tmp_path: Path, set_environment: Callable[..., None]) -> None:
+    set_environment(SKINK_DUMP=str(tmp_path))
+    training = Windows(WINDOWS, "a text", "12", PADDING)
+    with pytest.raises(VerifyError):
+        Pipeline(PASSES).run(captured("llama"), calibration=WINDOWS, training=training, held_out=Windows(WINDOWS[:1]))
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    at = read_reproducer(left).circumstances
+    assert at.training is not None
+    assert at.held_out is not None
+    assert (at.training.source, at.training.sha256) == ("a text", "12")
+    assert torch.equal(at.training.tokens, WINDOWS)
+    assert torch.equal(at.training.padding, PADDING)
+    assert torch.equal(at.held_out.tokens, WINDOWS[:1])
+    assert at.held_out.padding is None
+
+
+def test_text_that_is_too_large_is_left_out(tmp_path: Path, set_environment: Callable[..., None]) -> None:
+    set_environment(SKINK_DUMP=str(tmp_path))
+    large = Windows(torch.zeros(1, dtype=torch.int64).expand(2**30, 8))
+    with pytest.raises(VerifyError):
+        Pipeline(PASSES).run(captured("llama"), calibration=WINDOWS, training=large)
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert read_reproducer(left).circumstances.training is None
+
+
+def test_a_folder_from_before_there_was_training_is_read(original: Path, tmp_path: Path) -> None:
+    assert read_reproducer(original).circumstances.training is None

@@ -98,10 +98,12 @@ def test_passes_that_ship_read_back_as_the_same_in_every_form(
     tmp_path_factory: pytest.TempPathFactory, passes: list[Pass]
 ) -> None:
     recipe = Recipe(tuple(passes))
-    assert parse_passes(str(recipe)) == parse_passes(recipe.describe()) == recipe.passes
+    whole = tuple(entry.resolved() for entry in passes)
+    assert parse_passes(str(recipe)) == recipe.passes
+    assert parse_passes(recipe.describe()) == whole
     path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    assert load_recipe(path) == recipe
+    assert load_recipe(path) == Recipe(whole)
     assert tuple(type(entry).from_options(entry.options()) for entry in passes) == recipe.passes
 
 
