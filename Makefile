@@ -3,7 +3,7 @@
 # make check        formatting, lint and types
 # make zoo          every family of transformers through Skink; writes docs/zoo.md (half an hour)
 # make bench        CPU benchmarks; make bench-gpu: GPU benchmarks
-# make bench-quality   what each method of decomposition loses, and the study (two hours)
+# make bench-quality   what each method of decomposition loses, the study, and what training wins back (four hours)
 # make clean        remove what was built (not the environment)
 #
 # All of them share one virtual environment, made when it is missing or out of date. PYTHON=... chooses its interpreter.
@@ -44,6 +44,7 @@ bench-gpu: $(VENV)/.skink
 bench-quality: $(VENV)/.skink
 	$(BIN)/python benchmarks/quality/low_rank.py --out benchmarks/results/low_rank_quality.md
 	$(BIN)/python benchmarks/quality/study.py --out build/study --images docs/images
+	$(BIN)/python benchmarks/quality/recovery.py --out benchmarks/results/recovery.md
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 
+# PyTorch's cache of calls on fake tensors costs more than it saves in models as small as those of the tests. It is read
+# when torch is imported.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings

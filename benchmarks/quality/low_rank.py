@@ -36,7 +36,6 @@ from skink.compression.quality import encoder_quality
 from skink.compression.texts import (
     HeldOutTexts,
     TextOptions,
-    Windows,
     calibration_and_held_out,
     encoder_texts,
     longest_text,
@@ -54,6 +53,7 @@ from skink.graph.gradients import stream_moments
 from skink.graph.passes import LayerRecord, Pass
 from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program, Stage
+from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose.selection import linear_layers
 from skink.passes.recipe import load_recipe

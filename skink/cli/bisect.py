@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from skink.graph.failure import Failure
     from skink.graph.pipeline import Pipeline
     from skink.graph.program import Program
+    from skink.graph.windows import Windows
 
 
 def bisect(
@@ -82,6 +83,9 @@ def bisect(
     from skink.passes.recipe import load_recipe
 
     passes = load_recipe(recipe, parse_overrides(overrides or [])).passes
+    if any(entry.training_tokens(length) for entry in passes):
+        session.note("Passes that train are left out: they rewrite nothing.")
+        passes = tuple(entry for entry in passes if not entry.training_tokens(length))
     pipeline = Pipeline((Canonicalize(), *passes))
     needs_text = any(entry.needs_calibration for entry in passes)
     from skink.cli.quiet import quiet_transformers
@@ -105,6 +109,8 @@ def _bisect_folder(session: Session, folder: Path, error_above: float | None, li
             lines,
             calibration=at.calibration,
             padding=at.padding,
+            training=at.training,
+            held_out=at.held_out,
             seed=at.seed,
             verify=at.verify,
             error_above=error_above,
@@ -147,6 +153,8 @@ def _search(
     *,
     calibration: "Tensor | None",
     padding: "Tensor | None" = None,
+    training: "Windows | None" = None,
+    held_out: "Windows | None" = None,
     seed: int,
     verify: int = 2,
     error_above: float | None,
@@ -162,6 +170,8 @@ def _search(
             pipeline,
             calibration=calibration,
             padding=padding,
+            training=training,
+            held_out=held_out,
             seed=seed,
             verify=verify,
             error_above=error_above,

@@ -13,6 +13,7 @@ from skink.cli.arguments import WORK, AsJson, Device, Dtype, Model, Overwrite, c
 from skink.cli.console import Session, session_of
 from skink.cli.export import refuse_existing
 from skink.errors import SkinkError
+from skink.settings import settings
 
 if TYPE_CHECKING:
     from skink.compression import CompressOptions
@@ -67,6 +68,16 @@ def compress(
     ] = False,
     calibration: Files = None,
     held_out: HeldOut = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--training",
+            metavar="FILES...",
+            help="Text for passes that train: files (text, JSONL, tokens as .npy), folders, or the word stdlib. By "
+            "default the text to calibrate on.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     calibration_windows: Annotated[
         int, typer.Option(min=1, help="Windows of calibration text.", metavar="N", rich_help_panel=_TEXT)
     ] = 128,
@@ -74,6 +85,34 @@ def compress(
         int, typer.Option(min=1, help="Windows of held-out text.", metavar="N", rich_help_panel=_TEXT)
     ] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.", metavar="N", rich_help_panel=_TEXT)] = 512,
+    training_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens in a window to train on; by default as many as in others.",
+            metavar="N",
+            rich_help_panel=_TEXT,
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that passes which train learn from. By default MODEL itself, as it was before the recipe.",
+            metavar="MODEL",
+            rich_help_panel=WORK,
+            show_default=False,
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder where passes that train keep their work. The same command again goes on from there.",
+            metavar="DIR",
+            rich_help_panel=WORK,
+            show_default=False,
+        ),
+    ] = None,
     evaluate: Annotated[
         bool,
         typer.Option(
@@ -123,7 +162,8 @@ def compress(
 
     # A recipe with a mistake is refused before transformers is imported.
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
-    refuse_existing(out, overwrite)
+    if settings().main_process:
+        refuse_existing(out, overwrite)
     check_place(dtype, device)
     from skink.cli.quiet import quiet_transformers
 
@@ -143,6 +183,10 @@ def compress(
             device=device,
             seed=seed,
             verify=verify,
+            training=training or None,
+            training_length=training_length,
+            teacher=teacher,
+            checkpoints=checkpoints,
         )
         if dry_run:
             from skink.cli.plan import plan
@@ -159,7 +203,9 @@ def _compress(
     from skink.compression import compress_to_folder
 
     with PhaseProgress(session) as progress:
-        report = compress_to_folder(name, recipe, out, options, progress=progress)
+        report = compress_to_folder(name, recipe, out, options, progress=progress, status=progress.say)
+        if not settings().main_process:
+            return
         samples: dict[str, str] = {}
         if prompt is not None:
             progress("sample", 0, 1)

@@ -1,5 +1,6 @@
 """What a command says and where: results to stdout; progress, warnings and errors to stderr; `--json` as one object."""
 
+import io
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from skink.errors import SkinkError
+from skink.settings import settings
 
 # Exit statuses: 0 done, 1 an error that the user can mend, 2 a command line that cannot be read (typer's own), and:
 DEFECT = 70
@@ -39,7 +41,10 @@ class Session:
 
     @classmethod
     def start(cls, *, as_json: bool) -> "Session":
-        """A session on this process's streams."""
+        """A session on this process's streams; of several processes that work together, the first alone is heard."""
+        if not settings().main_process:
+            nowhere = io.StringIO()
+            return cls(as_json, nowhere, Console(file=nowhere), Console(file=nowhere, stderr=True))
         out = Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=False)
         err = Console(file=sys.stderr, highlight=False, emoji=False, stderr=True)
         return cls(as_json, sys.stdout, out, err)

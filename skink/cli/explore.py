@@ -49,6 +49,12 @@ def explore(
         list[str] | None,
         typer.Option(help="Text to judge on; a part of the calibration text by default.", metavar="FILES..."),
     ] = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text for recipes that train; by default the text to calibrate on, all of it.", metavar="FILES..."
+        ),
+    ] = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,6 +130,7 @@ def explore(
         options = ExploreOptions(
             calibration=calibration or None,
             held_out=held_out or None,
+            training=training or None,
             texts=TextOptions(calibration_windows, held_out_windows, length),
             quality=kinds,
             questions=questions,

@@ -20,12 +20,14 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
     Raises:
         SkinkError: as `compress_to_folder` would, as far as that can be known.
     """
+    from skink.compression.preparation import check_texts
     from skink.export.huggingface.loading import holds_encoder
     from skink.graph.cost import program_cost
     from skink.graph.pipeline import Pipeline
     from skink.passes.canonicalize import Canonicalize
 
     pipeline = Pipeline((Canonicalize(), *recipe.passes))
+    check_texts(name, recipe, options)
     texts = _texts(name, recipe, options)
     program = captured_program(name, meta=True)
     cost = program_cost(program)
@@ -36,6 +38,7 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
         "recipe": str(recipe),
         "passes": stages,
         "text": texts,
+        "training": _training(name, recipe, options),
         "out": str(out),
         "onnx": options.onnx,
         "evaluate": options.evaluate,
@@ -55,12 +58,27 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
         table.add_row(
             split, Text(f"{text['source']}: {text['documents']} documents, {text['characters']:,} characters")
         )
+    for entry in content["training"]:
+        said = f"{entry['tokens']:,} tokens of {entry['text']}"
+        table.add_row("training", Text(said + (f", against {options.teacher}" if options.teacher else "")))
     if not texts:
         table.add_row("text", "none: nothing is calibrated, and quality is not measured")
     quality = "embeddings or scores" if holds_encoder(name) else "perplexity and speed"
     table.add_row("measured", f"{quality}, before and after" if options.evaluate else "sizes only")
     table.add_row("written to", Text(str(out) + (", and ONNX to its folder onnx" if options.onnx else "")))
     session.show(table, Text("Dry run: nothing was written.", style="dim"))
+
+
+def _training(name: str, recipe: "Recipe", options: "CompressOptions") -> list[dict[str, Any]]:
+    """What each pass that trains reads."""
+    from skink.compression.chosen_texts import training_text
+    from skink.export.huggingface.loading import STDLIB_LLAMA
+
+    text = training_text(options.training, options.calibration, ships=name == STDLIB_LLAMA)
+    named = text if isinstance(text, str) else ", ".join(map(str, text or ()))
+    length = options.training_length or options.texts.length
+    reads = [(str(entry), entry.training_tokens(length)) for entry in recipe.passes]
+    return [{"pass": entry, "tokens": tokens, "text": named} for entry, tokens in reads if tokens]
 
 
 def _texts(name: str, recipe: "Recipe", options: "CompressOptions") -> dict[str, dict[str, Any]]:

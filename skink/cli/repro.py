@@ -52,6 +52,7 @@ def repro(
     """
     session = session_of(context)
     from skink.cli.progress import PhaseProgress
+    from skink.graph.program import Stage
 
     found, pipeline = read_folder(folder, model)
     at = found.circumstances
@@ -63,6 +64,9 @@ def repro(
             program,
             calibration=at.calibration,
             padding=at.padding,
+            training=at.training,
+            held_out=at.held_out,
+            original=found.start if local and found.start.stage >= Stage.CANONICAL else None,
             seed=at.seed,
             verify=at.verify,
             limit=at.limit,

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from skink.errors import CalibrationError
+from skink.errors import CalibrationError, OptionError
 from skink.graph.capture import capture
 from skink.graph.passes import Pass
-from skink.graph.pipeline import Pipeline, PipelineResult
+from skink.graph.pipeline import Pipeline, PipelineResult, check_training_text
 from skink.graph.program import Program, Stage
 from skink.graph.propagate import propagate
+from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
-from skink.passes.recipe import Recipe, load_recipe
+from skink.passes.recipe import Recipe, load_recipe, parse_passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,10 @@ RecipeLike = str | Path | Sequence[Pass | str] | Recipe
 
 
 def _silent(name: str, done: int, total: int) -> None:
+    pass
+
+
+def _mute(said: str) -> None:
     pass
 
 
@@ -45,7 +50,7 @@ class Compression:
 
 
 def compress_program(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | Program",
     recipe: RecipeLike = (),
     *,
     calibration: Tensor | None = None,
@@ -54,11 +59,16 @@ def compress_program(
     seed: int = 0,
     verify: int | None = None,
     progress: Progress = _silent,
+    training: Windows | None = None,
+    held_out: Windows | None = None,
+    teacher: "PreTrainedModel | Program | None" = None,
+    checkpoints: Path | None = None,
+    status: Callable[[str], None] = _mute,
 ) -> Compression:
     """Capture a model and run a recipe on it. The model is left as it was.
 
     Args:
-        model: a Hugging Face decoder or encoder.
+        model: a Hugging Face decoder or encoder, or what was captured of one, in canonical form.
         recipe: see `skink.passes.recipe.load_recipe`; empty for the model as it is, in Skink's form.
         calibration: token windows int64[N, T].
         padding: int64[N, T], 1 where a window holds text and 0 where padding; None: all is text.
@@ -66,6 +76,11 @@ def compress_program(
         seed: for anything random.
         verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
         progress: called as (what, done, total).
+        training: text to train on, for passes that do.
+        held_out: text that such passes may judge by.
+        teacher: what such passes learn from, a model or a program in canonical form; by default `model` itself.
+        checkpoints: folder where such passes keep their work, to go on from when the same is asked for again.
+        status: told now and then what such a pass is at.
 
     Raises:
         SkinkError: capture, recipe, option, calibration and verification errors; see docs/errors.md.
@@ -78,6 +93,7 @@ def compress_program(
             f"the recipe {str(loaded)!r} needs calibration text, and none was given.",
             fix="give --calibration FILES, or --calibration stdlib for Python source (in Python calibration=...).",
         )
+    check_training_text(loaded.passes, given=training is not None)
     progress("capture", 0, 1)
     program = captured(model)
     progress("capture", 1, 1)
@@ -85,12 +101,55 @@ def compress_program(
     dense = program.clone()
     # A limit on edits may have cut canonicalize short; then no other pass runs either.
     rest = Pipeline(pipeline.passes[1:] if program.stage >= Stage.CANONICAL else (), start=program.stage)
-    result = rest.run(program, calibration=calibration, padding=padding, seed=seed, verify=verify, progress=progress)
+    original = dense
+    if teacher is not None and any(entry.needs_original for entry in loaded.passes):
+        original = teacher if isinstance(teacher, Program) else canonical_program(teacher, seed=seed)
+    result = rest.run(
+        program,
+        calibration=calibration,
+        padding=padding,
+        seed=seed,
+        verify=verify,
+        progress=progress,
+        training=training,
+        held_out=held_out,
+        original=original,
+        checkpoints=checkpoints,
+        status=status,
+    )
     return Compression(program, dense, loaded, PipelineResult(canonical.passes + result.passes))
 
 
-def captured(model: "PreTrainedModel") -> Program:
+def all_passes(recipe: Recipe) -> list[Pass]:
+    """The passes of a recipe and of what it is compared with."""
+    return [*recipe.passes, *(entry for text in recipe.compare for entry in parse_passes(text))]
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Refuse a teacher that nobody learns from.
+
+    Raises:
+        OptionError: OPTION-002.
+    """
+    if not any(entry.needs_original for entry in all_passes(recipe)):
+        raise OptionError(
+            "OPTION-002",
+            "a teacher was named, and no pass of the recipe learns from one.",
+            fix="add recover{kl=1} or another loss against a teacher, or leave --teacher out.",
+        )
+
+
+def canonical_program(model: "PreTrainedModel", *, seed: int = 0) -> Program:
+    """A model in canonical form; the model is left as it was."""
+    program = captured(model).clone()
+    Pipeline((Canonicalize(),)).run(program, seed=seed, verify=1)
+    return program
+
+
+def captured(model: "PreTrainedModel | Program") -> Program:
     """The model as a program: captured, or, where it is a program in Skink's form already, that one."""
+    if isinstance(model, Program):
+        return model.clone()
     from skink.export.huggingface.base import SkinkPreTrainedModel
 
     if isinstance(model, SkinkPreTrainedModel):
@@ -112,6 +171,12 @@ def compress(
     seed: int = 0,
     verify: int | None = None,
     progress: Progress = _silent,
+    training: Any = None,
+    training_length: int | None = None,
+    held_out: Any = None,
+    teacher: "PreTrainedModel | str | Path | None" = None,
+    checkpoints: str | Path | None = None,
+    status: Callable[[str], None] = _mute,
 ) -> Any:
     """A smaller model that runs, trains, saves and loads like any Hugging Face model.
 
@@ -126,6 +191,13 @@ def compress(
         seed: for anything random.
         verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
         progress: called as (what, done, total).
+        training: text to train on, for passes that do: whatever `training_windows` takes (files, folders, `"stdlib"`,
+            `datasets` objects, iterables of strings, tokens). By default the calibration text where that is text.
+        training_length: tokens in a window to train on; by default 512.
+        held_out: text to judge on while training; a part of the other text, kept back from it, by default.
+        teacher: a model, hub id or folder to learn from; by default `model` itself.
+        checkpoints: folder where such passes keep their work: the same call again goes on from there.
+        status: told now and then what such a pass is at.
 
     Returns:
         The model, a `SkinkForCausalLM`, or for an encoder what it was: `SkinkModel`, `SkinkForMaskedLM` and so on;
@@ -134,33 +206,53 @@ def compress(
     Raises:
         SkinkError: see docs/errors.md.
     """
-    from skink.compression.texts import TextOptions, calibration_windows, longest_text
+    from skink.compression.chosen_texts import choose_texts, training_text
+    from skink.compression.texts import TextOptions, longest_text
     from skink.export.huggingface import load_source, to_huggingface
-    from skink.export.huggingface.loading import holds_encoder
+    from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder
     from skink.export.huggingface.sentences import sentence_settings
 
+    loaded = load_recipe(recipe, overrides)
+    options = TextOptions()
+    tokens = max((entry.training_tokens(training_length or options.length) for entry in loaded.passes), default=0)
+    training = training_text(training, calibration, ships=model == STDLIB_LLAMA)
+    check_training_text(loaded.passes, given=training is not None)
+    if teacher is not None:
+        check_teacher(loaded)
     settings = None
     if isinstance(model, str | Path):
         name, encoder = model, holds_encoder(model)
         model, tokenizer = load_source(name, encoders=encoder)
         settings = sentence_settings(name) if encoder else None
-    windows = calibration if isinstance(calibration, Tensor) else None
-    padding = None
-    if calibration is not None and windows is None:
-        longest = longest_text(model, tokenizer, settings.longest if settings else None)
-        found = calibration_windows(
-            tokenizer, calibration, TextOptions(), longest=longest, encoder=not model.can_generate()
-        )
-        windows, padding = found.tokens, found.padding
+    encoder = not model.can_generate()
+    given = calibration if isinstance(calibration, Tensor) else None
+    texts = choose_texts(
+        tokenizer,
+        calibration=None if given is not None else calibration,
+        held_out=held_out,
+        training=training,
+        options=options,
+        tokens=tokens,
+        training_length=training_length,
+        longest=longest_text(model, tokenizer, settings.longest if settings else None),
+        encoder=encoder,
+    )
+    found = texts.calibration
+    if isinstance(teacher, str | Path):
+        teacher, _ = load_source(teacher, encoders=encoder)
     done = compress_program(
         model,
-        recipe,
-        calibration=windows,
-        padding=padding,
-        overrides=overrides,
+        loaded,
+        calibration=given if found is None else found.tokens,
+        padding=None if found is None else found.padding,
         seed=seed,
         verify=verify,
         progress=progress,
+        training=texts.training,
+        held_out=texts.judged,
+        teacher=teacher,
+        checkpoints=None if checkpoints is None else Path(checkpoints),
+        status=status,
     )
     result = to_huggingface(done.program, model.config, getattr(model, "generation_config", None))
     result.compression = done

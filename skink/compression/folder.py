@@ -1,35 +1,28 @@
 """The main job on disk: a checkpoint in, a folder out, with the report of what it cost and what it gained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from skink.compression.compress import Compression, Progress, RecipeLike, compress_program
-from skink.compression.forms import Job, compare, measure_decoder, measure_encoder, measure_layers
+from skink.compression.compress import Compression, Progress, RecipeLike, all_passes, compress_program
+from skink.compression.forms import Job, alternatives, compare, measure_decoder, measure_encoder, measure_layers
 from skink.compression.measure import RESULT, Measured, SpeedOptions, build_report, speed_notes
-from skink.compression.texts import (
-    STANDARD_LIBRARY,
-    HeldOutTexts,
-    TextLike,
-    TextOptions,
-    Windows,
-    calibration_and_held_out,
-    encoder_texts,
-    longest_text,
-)
+from skink.compression.preparation import Prepared, check_texts, prepare
+from skink.compression.texts import HeldOutTexts, TextLike, TextOptions
+from skink.compression.together import wait_for_all
+from skink.errors import check_range
 from skink.evaluation import GenerationTarget
 from skink.export.folder import output_folder
-from skink.export.huggingface import load_source, save
+from skink.export.huggingface import save
 from skink.export.huggingface.card import CARD_FILE
-from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder, stored_dtype
-from skink.export.huggingface.sentences import SentenceSettings, sentence_settings
-from skink.export.report import Report, card_section, write_report
+from skink.export.report import Report, card_section, read_report, write_report
 from skink.graph.pipeline import Pipeline
 from skink.passes.canonicalize import Canonicalize
-from skink.passes.recipe import load_recipe
+from skink.passes.recipe import Recipe, load_recipe
+from skink.settings import settings
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,11 @@ class CompressOptions:
         device: where to work.
         seed: for anything random.
         verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
+        training: text to train on, for passes that do: whatever `training_windows` takes. By default the standard
+            library for the model that ships, and for others the text to calibrate on.
+        training_length: tokens in a window to train on; by default as in other text.
+        teacher: a hub id or folder of a model to learn from; by default the one that is compressed.
+        checkpoints: folder where such passes keep their work: the same once more goes on from there.
     """
 
     calibration: TextLike | None = None
@@ -66,9 +64,21 @@ class CompressOptions:
     device: str = "cpu"
     seed: int = 0
     verify: int | None = None
+    training: Any = None
+    training_length: int | None = None
+    teacher: str | None = None
+    checkpoints: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.training_length is not None:
+            check_range("training_length", self.training_length, low=2, high=1e9)
 
 
 def _silent(name: str, done: int, total: int) -> None:
+    pass
+
+
+def _mute(said: str) -> None:
     pass
 
 
@@ -79,8 +89,12 @@ def compress_to_folder(
     options: CompressOptions | None = None,
     *,
     progress: Progress = _silent,
+    status: Callable[[str], None] = _mute,
 ) -> Report:
     """Compress a checkpoint into a folder that transformers and `skink.load` read; returns the report it holds.
+
+    Where several processes were started together, they train together: the first of them does the rest of the work, and
+    the others wait for it.
 
     Args:
         name: a hub id, a folder, or `stdlib-llama` for the model that ships.
@@ -88,6 +102,7 @@ def compress_to_folder(
         out: the folder to make; it appears when all is done, or not at all.
         options: see `CompressOptions`.
         progress: called as (what, done, total).
+        status: told now and then what a pass that takes long is at.
 
     Raises:
         SkinkError: see docs/errors.md.
@@ -96,31 +111,14 @@ def compress_to_folder(
     # What can be refused without work is refused before any.
     loaded_recipe = load_recipe(recipe, options.overrides)
     Pipeline((Canonicalize(), *loaded_recipe.passes))
-    calibration_text = options.calibration
-    if calibration_text is None and name == STDLIB_LLAMA:
-        calibration_text = STANDARD_LIBRARY
+    check_texts(name, loaded_recipe, options)
+    if not settings().main_process:
+        return _follow(name, loaded_recipe, out, options)
     with output_folder(out, overwrite=options.overwrite) as folder:
-        progress("load", 0, 1)
-        encoder = holds_encoder(name)
-        source, tokenizer = load_source(name, dtype=options.dtype, device=options.device, encoders=encoder)
-        stored = stored_dtype(name)
-        settings = sentence_settings(name) if encoder else SentenceSettings()
-        progress("load", 1, 1)
-        longest = longest_text(source, tokenizer, settings.longest)
-        calibration: Windows | None
-        held_out: Windows | HeldOutTexts | None
-        calibration, held_out = (encoder_texts if encoder else calibration_and_held_out)(
-            tokenizer, calibration_text, options.held_out, options.texts, longest=longest
-        )
-        done = compress_program(
-            source,
-            loaded_recipe,
-            calibration=calibration.tokens if calibration is not None else None,
-            padding=calibration.padding if calibration is not None else None,
-            seed=options.seed,
-            verify=options.verify,
-            progress=progress,
-        )
+        found = prepare(name, loaded_recipe, options, progress)
+        source, tokenizer, stored, encoder = found.source, found.tokenizer, found.stored, found.encoder
+        calibration, held_out = found.texts.calibration, found.texts.held_out
+        done = _run(found, loaded_recipe, options, progress, status)
         done.program.origin["name"] = name
         save(
             done.program.with_dtype(stored),
@@ -135,11 +133,12 @@ def compress_to_folder(
         runtime: GenerationTarget[Any] | None = None
         if options.onnx:
             runtime = _write_onnx(done, source, tokenizer, folder / "onnx", progress, runs=not encoder)
-        job = Job(done, source, folder, stored, calibration, options, progress)
+        job = _job(found, done, folder, options, progress, status)
         compared: dict[str, Measured] = {}
         losses: dict[str, float] = {}
         if isinstance(held_out, HeldOutTexts) or encoder:
-            forms = measure_encoder(job, held_out if isinstance(held_out, HeldOutTexts) else None, settings)
+            judged = held_out if isinstance(held_out, HeldOutTexts) else None
+            forms = measure_encoder(job, judged, found.sentences)
         else:
             forms = measure_decoder(job, held_out, runtime)
             losses = measure_layers(job, held_out)
@@ -159,7 +158,66 @@ def compress_to_folder(
         )
         write_report(report, folder)
         _add_to_card(folder, report)
+    wait_for_all(options.device)
     return report
+
+
+def _follow(name: str, recipe: Recipe, out: Path, options: CompressOptions) -> Report:
+    """What a process does that is not the first: it trains whenever the first does, and writes nothing."""
+    if any(entry.training_tokens(options.texts.length) for entry in all_passes(recipe)):
+        found = prepare(name, recipe, options, _silent)
+        done = _run(found, recipe, options, _silent, _mute)
+        held_out = found.texts.held_out
+        judged = isinstance(held_out, HeldOutTexts) if found.encoder else held_out is not None
+        if options.evaluate and judged:
+            for _ in alternatives(_job(found, done, out, options, _silent, _mute)):
+                pass
+    wait_for_all(options.device)
+    return read_report(out)
+
+
+def _run(
+    found: Prepared, recipe: Recipe, options: CompressOptions, progress: Progress, status: Callable[[str], None]
+) -> Compression:
+    calibration = found.texts.calibration
+    return compress_program(
+        found.source,
+        recipe,
+        calibration=calibration.tokens if calibration is not None else None,
+        padding=calibration.padding if calibration is not None else None,
+        seed=options.seed,
+        verify=options.verify,
+        progress=progress,
+        training=found.texts.training,
+        held_out=found.texts.judged,
+        teacher=found.teacher,
+        checkpoints=options.checkpoints,
+        status=status,
+    )
+
+
+def _job(
+    found: Prepared,
+    done: Compression,
+    folder: Path,
+    options: CompressOptions,
+    progress: Progress,
+    status: Callable[[str], None],
+) -> Job:
+    texts = found.texts
+    return Job(
+        done,
+        found.source,
+        folder,
+        found.stored,
+        texts.calibration,
+        options,
+        progress,
+        training=texts.training,
+        judged=texts.judged,
+        teacher=found.teacher,
+        status=status,
+    )
 
 
 def _notes(forms: Mapping[str, Measured], *, encoder: bool, judged: bool, changed: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """Every form of one model beside the others: the source, what was captured, and what became of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +11,30 @@ from skink.compression.compress import Compression, Progress, compress_program
 from skink.compression.layer_losses import layer_losses
 from skink.compression.measure import DENSE, RESULT, RUNTIME, SOURCE, Measured, score
 from skink.compression.quality import encoder_quality
-from skink.compression.texts import HeldOutTexts, Windows
+from skink.compression.texts import HeldOutTexts
+from skink.compression.together import wait_for_all
 from skink.evaluation import GenerationTarget, HuggingFaceTarget, Speed, Spread, measure_generation
 from skink.evaluation.linear_speed import measure_linear
 from skink.export.huggingface import load, to_huggingface
 from skink.export.huggingface.sentences import SentenceSettings
 from skink.graph.cost import program_cost
 from skink.graph.program import Program
+from skink.graph.windows import Windows
+from skink.passes.recipe import parse_passes
+from skink.settings import settings
 
 if TYPE_CHECKING:
     from skink.compression.folder import CompressOptions
 
 
+def _mute(said: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Job:
-    """What measuring needs to know of one compression."""
+    """What measuring needs to know of one compression; of text to train on and to judge by, and of a teacher, where the
+    recipe or what it is compared with trains."""
 
     done: Compression
     source: Any
@@ -34,6 +43,10 @@ class Job:
     calibration: Windows | None
     options: "CompressOptions"
     progress: Progress
+    training: Windows | None = None
+    judged: Windows | None = None
+    teacher: Program | None = None
+    status: Callable[[str], None] = _mute
 
 
 def _sizes(job: Job) -> dict[str, Measured]:
@@ -61,7 +74,7 @@ def measure_encoder(job: Job, held_out: HeldOutTexts | None, settings: SentenceS
     if held_out is None or not job.options.evaluate:
         return forms
     models = _models(job)
-    for name, program in _alternatives(job):
+    for name, program in alternatives(job):
         models[name] = _in_our_form(job, program.with_dtype(job.source.dtype))
         forms[name] = Measured(program_cost(program))
     job.progress("quality", 0, 1)
@@ -140,22 +153,35 @@ def compare(job: Job, held_out: Windows | None) -> dict[str, Measured]:
         return {}
     return {
         name: Measured(program_cost(program), score(_in_our_form(job, program.with_dtype(job.source.dtype)), held_out))
-        for name, program in _alternatives(job)
+        for name, program in alternatives(job)
     }
 
 
-def _alternatives(job: Job) -> Iterator[tuple[str, Program]]:
-    """What the recipe's alternatives make of the source, in the dtype that is stored, one at a time."""
+def alternatives(job: Job) -> Iterator[tuple[str, Program]]:
+    """What the recipe's alternatives make of the source, in the dtype that is stored, one at a time.
+
+    Of several processes the first makes them all, and the others those that they train together.
+    """
     recipes, calibration = job.done.recipe.compare, job.calibration
     for index, alternative in enumerate(recipes):
         job.progress("compare", index, len(recipes))
+        if any(entry.training_tokens(2) for entry in parse_passes(alternative)):
+            # The first process has been measuring until now.
+            wait_for_all(job.options.device)
+        elif not settings().main_process:
+            continue
         other = compress_program(
-            job.source,
+            job.done.dense,
             alternative,
             calibration=calibration.tokens if calibration is not None else None,
             padding=calibration.padding if calibration is not None else None,
             seed=job.options.seed,
             verify=1,
+            training=job.training,
+            held_out=job.judged,
+            teacher=job.teacher,
+            checkpoints=job.options.checkpoints,
+            status=job.status,
         )
         yield alternative, other.program.with_dtype(job.stored)
     job.progress("compare", 1, 1)

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 from skink.compression.compress import Compression
-from skink.compression.texts import Windows
 from skink.evaluation import Perplexity as MeasuredPerplexity
 from skink.evaluation import Speed as MeasuredSpeed
 from skink.evaluation import Spread, machine
@@ -17,6 +16,7 @@ from skink.export.report.model import Setting
 from skink.graph.cost import ProgramCost
 from skink.graph.passes import LayerRecord
 from skink.graph.run import PassRecord
+from skink.graph.windows import Windows
 
 SOURCE = "transformers"
 DENSE = "skink, empty recipe"
@@ -122,6 +122,11 @@ def build_report(
         savings=savings(forms),
         layers=[_layer(layer, (layer_losses or {}).get(layer.name)) for layer in done.result.layers],
         comparisons=_comparisons(comparisons, dense),
+        recoveries=[
+            rep.Recovery(name=str(record.pass_), **record.result.training)
+            for record in done.result.passes
+            if record.result.training is not None
+        ],
         notes=notes,
     )
 

@@ -14,6 +14,7 @@ from skink.evaluation import Documents, Tokenizer, standard_library, text_files,
 from skink.evaluation.corpus import cut_windows, token_stream
 from skink.evaluation.embeddings import Texts
 from skink.evaluation.passages import passages, query_pairs, text_units
+from skink.graph.windows import Windows
 
 STANDARD_LIBRARY = "stdlib"
 
@@ -42,19 +43,6 @@ class TextOptions:
         check_range("calibration_windows", self.calibration_windows, low=1, high=1e9)
         check_range("held_out_windows", self.held_out_windows, low=1, high=1e9)
         check_range("length", self.length, low=2, high=1e9)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Token windows int64[N, length] and where they came from.
-
-    `padding` is int64[N, length], 1 for text and 0 for padding, or None: all is text.
-    """
-
-    tokens: Tensor
-    source: str
-    sha256: str
-    padding: Tensor | None = None
 
 
 @dataclass(frozen=True)

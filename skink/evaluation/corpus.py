@@ -110,7 +110,7 @@ def text_files(paths: Sequence[Path]) -> Documents:
     texts: list[str] = []
     for path in paths:
         if path.is_dir():
-            for file in _files_below(path):
+            for file in files_below(path):
                 texts.extend(_read(file, only_text=True))
         else:
             texts.extend(_read(path, only_text=False))
@@ -227,11 +227,11 @@ def _library_files(root: Path) -> Iterator[Path]:
                 yield relative
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     """Every file under a folder but the hidden ones, in the order of their paths."""
 
     def refuse(error: OSError) -> None:
-        raise _unreadable(Path(error.filename or folder), error.strerror or str(error)) from error
+        raise unreadable(Path(error.filename or folder), error.strerror or str(error)) from error
 
     found: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse):
@@ -248,9 +248,9 @@ def _read(path: Path, *, only_text: bool) -> list[str]:
         if only_text:
             return []
         why = f"it is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}."
-        raise _unreadable(path, why) from error
+        raise unreadable(path, why) from error
     except OSError as error:
-        raise _unreadable(path, f"{error.strerror or error}.") from error
+        raise unreadable(path, f"{error.strerror or error}.") from error
     if path.suffix == ".jsonl":
         return [_field(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     # A NUL is valid UTF-8, and the surest sign of a file that is not text.
@@ -262,14 +262,15 @@ def _field(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _unreadable(path, f"line {number} is not JSON: {error}.") from error
+        raise unreadable(path, f"line {number} is not JSON: {error}.") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise _unreadable(path, f'line {number} is not an object with a string in its field "text".')
+        raise unreadable(path, f'line {number} is not an object with a string in its field "text".')
     return text
 
 
-def _unreadable(path: Path, why: str) -> InputError:
+def unreadable(path: Path, why: str) -> InputError:
+    """INPUT-001 for a file that is not the text that it should be."""
     return InputError("INPUT-001", f"{str(path)!r} cannot be read as text.", why=why, fix=_TEXT_FIX)
 
 

@@ -31,6 +31,8 @@ class ExploreOptions:
         dtype: of the weights while working; `auto` is float32 on the CPU for weights stored in half precision.
         device: where to work.
         seed: for anything random.
+        training: text to train on, for points whose recipe trains; as in `skink.compress`.
+        training_length: tokens in a window to train on; by default as in other text.
 
     Raises:
         OptionError: OPTION-002.
@@ -51,12 +53,16 @@ class ExploreOptions:
     dtype: str = "auto"
     device: str = "cpu"
     seed: int = 0
+    training: Any = None
+    training_length: int | None = None
 
     def __post_init__(self) -> None:
         check_range("jobs", self.jobs, low=1, high=4096)
         check_range("questions", self.questions, low=1, high=2**31)
         if self.max_points is not None:
             check_range("max_points", self.max_points, low=1, high=2**31)
+        if self.training_length is not None:
+            check_range("training_length", self.training_length, low=2, high=1e9)
         for kind in self.quality:
             if kind not in QUALITY_KINDS:
                 raise OptionError(

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from skink.compression.texts import HeldOutTexts, Windows
+from skink.compression.texts import HeldOutTexts
 from skink.errors import CalibrationError
 from skink.evaluation import answer, multiple_choice, perplexity, standard_library
 from skink.evaluation.corpus import Documents, Tokenizer
 from skink.evaluation.embeddings import Pooling, closeness, embed, order, retrieval
 from skink.evaluation.harness import run_tasks
 from skink.evaluation.questions import KINDS, Questions
+from skink.graph.windows import Windows
 
 # The metrics, each a number by its name in `skink.exploration.result.QUALITIES`, and what they were made of.
 Measurement = tuple[dict[str, float], dict[str, Any]]

@@ -11,15 +11,9 @@ from typing import Any
 
 import torch
 
+from skink.compression.chosen_texts import ChosenTexts, choose_texts, training_text
 from skink.compression.compress import captured
-from skink.compression.texts import (
-    STANDARD_LIBRARY,
-    HeldOutTexts,
-    Windows,
-    calibration_and_held_out,
-    encoder_texts,
-    read_documents,
-)
+from skink.compression.texts import STANDARD_LIBRARY, HeldOutTexts, read_documents
 from skink.errors import CalibrationError, SkinkError
 from skink.evaluation.harness import check_tasks
 from skink.exploration.axes import ModelFacts
@@ -36,8 +30,9 @@ from skink.export.huggingface import load_source, save, to_huggingface
 from skink.export.huggingface.loading import STDLIB_LLAMA, encoder_class, stored_dtype
 from skink.export.huggingface.sentences import SentenceSettings, sentence_settings
 from skink.graph.cost import program_cost
-from skink.graph.pipeline import Pipeline
+from skink.graph.pipeline import Pipeline, check_training_text
 from skink.graph.program import Program
+from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
 
 # Of each weight, so many numbers go into the model's fingerprint.
@@ -73,6 +68,10 @@ class Workbench:
         self.facts = ModelFacts.of(self.program)
         calibration = options.calibration
         self._calibration_text = STANDARD_LIBRARY if calibration is None and name == STDLIB_LLAMA else calibration
+        self._training_text = training_text(options.training, calibration, ships=name == STDLIB_LLAMA)
+        # How much text points train on, once they are known.
+        self._training_tokens = 0
+        self._last: tuple[int, ChosenTexts] | None = None
 
     @classmethod
     def load(cls, name: str, options: ExploreOptions) -> "Workbench":
@@ -101,11 +100,37 @@ class Workbench:
     @cached_property
     def texts(self) -> tuple[Windows | None, Windows | HeldOutTexts | None]:
         """Windows to calibrate on, and text to judge on."""
-        arguments = (self.tokenizer, self._calibration_text, self.options.held_out, self.options.texts)
+        found = self._choose(0)
+        return found.calibration, found.held_out
+
+    def _choose(self, tokens: int) -> ChosenTexts:
+        """All text, with so many tokens of it to train on."""
         longest = getattr(self.source.config, "max_position_embeddings", None)
-        if self.encoder:
-            return encoder_texts(*arguments, longest=self.sentences.longest or longest)
-        return calibration_and_held_out(*arguments, longest=longest)
+        return choose_texts(
+            self.tokenizer,
+            calibration=self._calibration_text,
+            held_out=self.options.held_out,
+            training=self._training_text,
+            options=self.options.texts,
+            tokens=tokens,
+            training_length=self.options.training_length,
+            longest=(self.sentences.longest or longest) if self.encoder else longest,
+            encoder=self.encoder,
+        )
+
+    def _tokens(self, point: Point) -> int:
+        """How much text a point trains on."""
+        length = self.options.training_length or self.options.texts.length
+        return max((entry.training_tokens(length) for entry in point.recipe.passes), default=0)
+
+    def _texts_of(self, point: Point) -> ChosenTexts | None:
+        """The text that a point trains on, and what it judges itself by; None where it does not train."""
+        tokens = self._tokens(point)
+        if not tokens:
+            return None
+        if self._last is None or self._last[0] != tokens:
+            self._last = tokens, self._choose(tokens)
+        return self._last[1]
 
     @cached_property
     def qualities(self) -> dict[str, Quality]:
@@ -116,7 +141,11 @@ class Workbench:
     def settings(self) -> dict[str, Any]:
         """All that a point's numbers depend on besides model and recipe."""
         calibration = self.texts[0]
-        return {
+        training = {}
+        if self._training_tokens:
+            text = self._choose(1).training
+            training = {"training": None if text is None else [text.source, text.sha256, text.tokens.shape[1]]}
+        return training | {
             "calibration": None
             if calibration is None
             else {
@@ -137,6 +166,7 @@ class Workbench:
 
         Raises:
             CalibrationError: CALIBRATION-002 where there is no text to calibrate on, or none to judge on.
+            RecoveryError: RECOVER-005 where there is none to train on.
         """
         needing = [point for point in points if any(entry.needs_calibration for entry in point.recipe.passes)]
         if needing and self.texts[0] is None:
@@ -145,6 +175,10 @@ class Workbench:
                 f"the recipe {str(needing[0].recipe)!r} needs calibration text, and none was given.",
                 fix="give --calibration FILES, or --calibration stdlib for Python source (in Python calibration=...).",
             )
+        check_training_text(
+            (entry for point in points for entry in point.recipe.passes), given=self._training_text is not None
+        )
+        self._training_tokens = max(map(self._tokens, points), default=0)
         # Made here, so that what they raise comes before any point.
         _ = self.qualities
 
@@ -156,6 +190,7 @@ class Workbench:
         """
         program = self.program.clone()
         calibration = self.texts[0]
+        learnt = self._texts_of(point)
         begin = time.monotonic()
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
@@ -165,6 +200,8 @@ class Workbench:
                 padding=None if calibration is None else calibration.padding,
                 seed=self.options.seed,
                 verify=1,
+                training=None if learnt is None else learnt.training,
+                held_out=None if learnt is None else learnt.judged,
             )
         losses = [getattr(layer, "predicted_loss", None) for layer in result.layers if layer.decision != "kept dense"]
         known = [loss for loss in losses if loss is not None]

@@ -61,7 +61,8 @@ def test_a_folder_that_does_not_fail_has_nothing_to_find(run: Run, folder: Path)
 
 
 def test_a_model_and_a_recipe(run: Run, tiny: Path) -> None:
-    done = run("bisect", tiny, "--recipe", "low-rank{keep=0.5,method=plain}", "--error-above", "0.001", "--json")
+    recipe = "low-rank{keep=0.5,method=plain,targets=[*.mlp.*]}"
+    done = run("bisect", tiny, "--recipe", recipe, "--error-above", "0.001", "--json")
     assert done.code == 0, done.stderr
     found = done.json
     assert (found["edit"]["pass_name"], found["edit"]["rule"]) == ("low-rank", "linear-to-low-rank")
@@ -77,7 +78,8 @@ def test_a_recipe_without_fault_has_nothing_to_find(run: Run, tiny: Path) -> Non
 
 
 def test_a_recipe_that_calibrates_takes_text(run: Run, tiny: Path, text: Path) -> None:
-    recipe = ("--recipe", "low-rank", "--set", "low-rank.keep=0.5", "--error-above", "0.001", "--json")
+    recipe = ("--recipe", "low-rank{method=whitened,targets=[*.0.mlp.up_proj]}", "--set", "low-rank.keep=0.5")
+    recipe += ("--error-above", "0.001", "--json")
     done = run("bisect", tiny, *recipe)
     assert done.code == 1
     assert done.json["error"]["code"] == "CALIBRATION-002"
@@ -96,3 +98,11 @@ def test_what_is_neither_a_folder_nor_has_a_recipe_is_a_mistake_of_use(run: Run,
 @pytest.mark.parametrize("recipe", ["low-rnk", "low-rank{keep=2}"])
 def test_a_recipe_with_a_mistake_is_refused(run: Run, recipe: str) -> None:
     assert run("bisect", "stdlib-llama", "--recipe", recipe).code == 1
+
+
+def test_passes_that_train_are_left_out(run: Run, tiny: Path) -> None:
+    recipe = "low-rank{keep=0.5,method=plain}, recover"
+    done = run("bisect", tiny, "--recipe", recipe, "--error-above", 0.01, "--json")
+    assert done.code == 0, done.stderr
+    assert "Passes that train are left out: they rewrite nothing." in done.stderr
+    assert done.json["edit"]["pass_name"] == "low-rank"

@@ -1,7 +1,9 @@
 import io
 import json
 import math
+from collections.abc import Callable
 
+import pytest
 from rich.console import Console
 from rich.text import Text
 
@@ -26,6 +28,18 @@ ERROR = OptionError("OPTION-002", "keep=[2] is out of range " * 4, where="here",
 def test_numbers_that_json_lacks_become_text() -> None:
     given = {"a": [math.inf, -math.inf, 1.5], "b": {"c": math.nan}, "d": "text", "e": (1, None)}
     assert finite(given) == {"a": ["Infinity", "-Infinity", 1.5], "b": {"c": "NaN"}, "d": "text", "e": [1, None]}
+
+
+def test_of_several_processes_the_first_is_heard(
+    set_environment: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for process in ("1", "0"):
+        set_environment(RANK=process)
+        session = Session.start(as_json=False)
+        session.show("a result")
+        session.note("a note")
+        said = capsys.readouterr()
+        assert bool(said.out) == bool(said.err) == (process == "0")
 
 
 def test_an_error_is_printed_as_it_is_and_unbroken() -> None:

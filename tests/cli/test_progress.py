@@ -53,6 +53,43 @@ def test_a_phase_without_work_is_not_shown() -> None:
     assert err.getvalue() == ""
 
 
+def test_a_phase_may_come_again(clock: _Clock) -> None:
+    session, err = _session(terminal=False)
+    with PhaseProgress(session) as progress:
+        for begun in (0.0, 10.0):
+            clock.now = begun
+            progress("recover", 0, 4)
+            clock.now = begun + 2
+            progress("recover", 4, 4)
+            progress("recover", 1, 1)
+    assert err.getvalue() == "recover: done in 2.00 s\nrecover: done in 2.00 s\n"
+
+
+def test_what_a_phase_is_at_stands_in_its_lines(clock: _Clock) -> None:
+    session, err = _session(terminal=False)
+    with PhaseProgress(session) as progress:
+        progress("recover", 0, 5000)
+        progress.say("loss 2.5")
+        clock.now = 20.0
+        progress("recover", 1000, 5000)
+        progress("perplexity", 0, 3)
+        clock.now = 40.0
+        progress("perplexity", 1, 3)
+    assert err.getvalue() == ("recover: 1,000 of 5,000 after 20.0 s, loss 2.5\nperplexity: 1 of 3 after 20.0 s\n")
+
+
+def test_what_a_phase_is_at_stands_behind_its_bar() -> None:
+    session, err = _session(terminal=True)
+    session.err.width = 160
+    with PhaseProgress(session) as progress:
+        progress.say("nothing goes on")
+        progress("recover", 0, 3)
+        progress.say("loss 2.5")
+        progress("recover", 3, 3)
+    assert "loss 2.5" in err.getvalue()
+    assert "nothing goes on" not in err.getvalue()
+
+
 def test_a_terminal_gets_bars_with_counts() -> None:
     session, err = _session(terminal=True)
     with PhaseProgress(session) as progress:

@@ -107,8 +107,52 @@ def test_progress_names_every_pass() -> None:
 
 def test_calibration_text_is_read_with_the_tokenizer_given() -> None:
     model, tokenizer = load_source("stdlib-llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
     text = Documents("numbers", (" ".join(str(number) for number in range(5000)),))
-    recipe = "low-rank{keep=0.5,targets=[*layers.0.mlp.up_proj]}"
-    result = compress(model, recipe, calibration=text, tokenizer=tokenizer)
+    recipe = "low-rank{keep=0.5,method=whitened,targets=[*layers.0.mlp.up_proj]}"
+    result = compress(model, recipe, calibration=text, tokenizer=tokenizer, verify=0)
     (layer,) = [layer for layer in result.compression.result.layers if layer.decision == "factored"]
     assert layer.name == "model.layers.0.mlp.up_proj"
+
+
+def _rows(count: int, seed: int) -> torch.Tensor:
+    """Rows that go on by one."""
+    first = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return (first + torch.arange(16)) % VOCABULARY
+
+
+def test_what_was_lost_is_won_back() -> None:
+    held_out, recipe = _rows(6, 1), "low-rank{keep=0.5,method=plain}, recover{steps=30,learning_rate=0.003}"
+    model = tiny("llama")
+    before = _digest(model)
+    result = compress(model, recipe, training=_rows(60, 2), held_out=held_out)
+    cut = compress(model, recipe.partition(", recover")[0])
+    training = result.compression.result.passes[-1].result.training
+    assert training is not None
+    with torch.no_grad():
+        losses = [float(each(input_ids=held_out, labels=held_out).loss) for each in (cut, result)]
+    assert losses == pytest.approx([training["before"], training["after"]], abs=1e-4)
+    assert losses[1] < 0.9 * losses[0]
+    assert _digest(model) == before
+    assert result.generate(held_out[:, :4], max_new_tokens=3).shape == (6, 7)
+
+
+def test_a_smaller_model_learns_from_the_model_that_it_was_made_of() -> None:
+    small = compress(tiny("llama"), "low-rank{keep=0.5,method=plain}")
+    with pytest.raises(SkinkError, match=r"\[RECOVER-001\]"):
+        compress(small, "recover{train=new,kl=1,steps=1}", training=_rows(20, 2))
+    result = compress(small, "recover{train=new,kl=1,steps=2}", training=_rows(20, 2), teacher=tiny("llama"))
+    training = result.compression.result.passes[-1].result.training
+    assert training is not None
+    assert training["loss"] == {"kl": 1.0}
+    assert training["trained"] < sum(parameter.numel() for parameter in result.parameters())
+
+
+def test_what_can_be_refused_is_refused_before_any_work() -> None:
+    with pytest.raises(SkinkError, match=r"\[RECOVER-005\]"):
+        compress("no-such-model", "recover", calibration=_windows())
+    with pytest.raises(SkinkError, match=r"\[OPTION-002\] a teacher was named"):
+        compress("no-such-model", "low-rank{method=plain}", teacher="another")
+    with pytest.raises(SkinkError, match=r"\[RECOVER-005\]"):
+        compress_program(tiny("llama"), "recover")

@@ -188,3 +188,15 @@ def test_an_encoder_without_text_is_compressed_and_not_measured(tmp_path: Path) 
     report = compress_to_folder(str(source), "low-rank{method=plain}", tmp_path / "small", CompressOptions())
     assert report.notes[0] == "No held-out text was given: quality was not measured."
     assert all(form.quality == [] for form in report.forms)
+
+
+@pytest.mark.parametrize("loss", ["hidden=1,learning_rate=1e-5", "by=layer,train=new,learning_rate=3e-3"])
+def test_an_encoder_learns_from_what_it_was(tmp_path: Path, loss: str) -> None:
+    source = encoder_folder(tmp_path / "source", BertModel)
+    recipe = f"low-rank{{keep=0.5,method=plain}}, recover{{{loss},steps=20,batch=8}}"
+    options = CompressOptions(calibration=SENTENCES, texts=QUICK.texts)
+    report = compress_to_folder(str(source), recipe, tmp_path / "small", options)
+    [recovery] = report.recoveries
+    assert recovery.losses[-1][1] < recovery.losses[0][1]
+    assert recovery.before is None or recovery.after < recovery.before
+    assert (tmp_path / "small" / "model.safetensors").is_file()

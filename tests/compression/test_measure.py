@@ -5,9 +5,9 @@ import torch
 
 from skink.compression import compress_program
 from skink.compression.measure import DENSE, RESULT, Measured, build_report, savings, score, speed_notes
-from skink.compression.texts import Windows
 from skink.evaluation import Speed, Spread
 from skink.graph.cost import program_cost
+from skink.graph.windows import Windows
 from tests.models import VOCABULARY, tiny
 
 

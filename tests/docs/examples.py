@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import skink
 from skink.budget import Curve, allocate
+from skink.compression.training_texts import training_windows
 from skink.evaluation import HuggingFaceTarget, text_files
 from skink.evaluation.harness import run_tasks
 from skink.exploration import workers
@@ -32,12 +33,23 @@ from skink.graph.reproducer import read_reproducer
 from skink.graph.rewriter import Rewriter
 from skink.graph.serialization import load_graph
 from skink.graph.state import derive_step
+from skink.graph.windows import Windows
 from skink.passes import discover
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
 from skink.passes.recipe import load_recipe
+from skink.training.adapters import LoraOptions, adapter_targets
+from skink.training.checkpoint import newest, write
+from skink.training.objectives import Terms
+from skink.training.options import TrainOptions
+from skink.training.overlap import check_overlap
+from skink.training.places import corresponding
+from skink.training.student import Student
+from skink.training.trainable import choose_trainable, write_back
+from skink.training.trainer import train
 from tests.models import build, tiny
 from tests.programs import canonical
+from tests.training.tiny_training import make_inputs, next_module, text
 
 aten = torch.ops.aten
 
@@ -247,6 +259,43 @@ def _no_harness() -> None:
         run_tasks(None, None, ["hellaswag"])
 
 
+def _trainable(train: str) -> tuple[Program, nn.Module, list[str]]:
+    program = canonical("llama").with_dtype(torch.float16)
+    module = program.module()
+    return program, module, choose_trainable(module, program, None, train)
+
+
+def _too_large_for_half() -> None:
+    program, module, names = _trainable("*.0.mlp.down_proj")
+    with torch.no_grad():
+        module.get_parameter(names[0])[0, 0] = 7e4
+    write_back(module, program, names)
+
+
+def _other_vocabulary() -> None:
+    teacher = skink.capture(build("llama", vocab_size=64))
+    Student(canonical("llama"), teacher, Terms(kl=1.0))
+
+
+def _same_text() -> None:
+    tokens = torch.arange(512).view(4, 128)
+    check_overlap(Windows(tokens, "notes"), Windows(tokens, "the same notes"))
+
+
+def _broken_training() -> None:
+    module = next_module()
+    module.head.weight.data[0, 0] = float("nan")
+    train(module, text(), TrainOptions(batch=6), make_inputs=make_inputs)
+
+
+def _damaged_checkpoints() -> None:
+    folder = Path("recover-0123456789ab")
+    for step in (8, 9):
+        write(folder, step=step, identity="0123456789ab", state={}, tensors={"weight": torch.ones(3)})
+        (folder / f"step-{step:08d}" / "process-0.safetensors").write_bytes(b"")
+    newest(folder, "0123456789ab")
+
+
 EXAMPLES: dict[str, Callable[[], object]] = {
     "CAPTURE-001": _shared_memory,
     "CAPTURE-002": lambda: skink.capture(Branch(), (torch.zeros(2, 4, 8),)),
@@ -281,6 +330,16 @@ EXAMPLES: dict[str, Callable[[], object]] = {
     "CALIBRATION-002": lambda: skink.compress(tiny("llama"), "low-rank"),
     "CALIBRATION-003": _not_finite,
     "CALIBRATION-004": lambda: skink.compress(tiny("llama"), "low-rank", calibration=torch.full((2, 8), 200)),
+    "RECOVER-001": lambda: _trainable("*.atention.*"),
+    "RECOVER-002": _same_text,
+    "RECOVER-003": _broken_training,
+    "RECOVER-004": _damaged_checkpoints,
+    "RECOVER-005": lambda: skink.compress(tiny("llama"), "recover"),
+    "RECOVER-006": _other_vocabulary,
+    "RECOVER-007": lambda: corresponding(canonical("llama"), canonical("llama"), "hidden", ("model.layer.*",)),
+    "RECOVER-008": lambda: training_windows(None, torch.tensor([[0, 1, 2], [3, 4, 50_000]]), length=3, vocabulary=4096),
+    "RECOVER-010": _too_large_for_half,
+    "RECOVER-011": lambda: adapter_targets(canonical("gemma2"), LoraOptions(targets=("*",))),
     "MODEL-001": _empty_folder,
     "MODEL-002": _cut_short,
     "MODEL-003": _pickles,

@@ -11,7 +11,20 @@ from skink.compression import CompressOptions, TextOptions, compress_to_folder
 from skink.passes.recipe import load_recipe
 from tests.docs.pages import Page, page
 
-PAGES = tuple(map(page, ("README.md", "docs/onnx.md", "docs/report.md", "docs/building.md")))
+PAGES = tuple(
+    map(
+        page,
+        (
+            "README.md",
+            "docs/onnx.md",
+            "docs/report.md",
+            "docs/building.md",
+            "docs/recover.md",
+            "docs/training_text.md",
+            "docs/your_own_training_loop.md",
+        ),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +73,25 @@ _PRINTED = {
     "docs/onnx.md": ("'Attention': 8", "def main():"),
     "docs/report.md": ("transformers 6951168", "skink, compressed 57"),
     "docs/building.md": ("(",),
+    "docs/recover.md": ("held-out loss",),
+    "docs/training_text.md": ("torch.Size([79, 256])", "[8, 4]", "torch.Size([100, 32])", "[RECOVER-002]"),
+    "docs/your_own_training_loop.md": (
+        "torch.Size([8, 64])",
+        "divergence from the original",
+        "SkinkForCausalLM",
+        "weights were merged",
+        "attention: torch",
+    ),
 }
-_WRITTEN = {"README.md": ("trained/model.safetensors", "smaller-onnx/model.onnx", "smaller-onnx/tokenizer.json")}
+_WRITTEN = {
+    "README.md": ("trained/model.safetensors", "smaller-onnx/model.onnx", "smaller-onnx/tokenizer.json"),
+    "docs/your_own_training_loop.md": (
+        "distilled/graph.json",
+        "runs/checkpoint-2/optimizer.pt",
+        "adapter/adapter_model.safetensors",
+        "merged/graph.json",
+    ),
+}
 
 
 def test_the_readme_shows_how_to_compress_load_print_train_and_export() -> None:

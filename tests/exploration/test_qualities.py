@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skink.compression.texts import HeldOutTexts, Windows
+from skink.compression.texts import HeldOutTexts
 from skink.errors import CalibrationError
 from skink.evaluation import Documents, answer, perplexity
 from skink.evaluation.embeddings import Pooling, Texts
@@ -17,6 +17,7 @@ from skink.exploration.qualities import (
     TasksQuality,
     questions_from,
 )
+from skink.graph.windows import Windows
 
 
 def test_perplexity(llama):

@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import skink
-from skink.errors import CalibrationError, OptionError
+from skink.errors import CalibrationError, OptionError, RecoveryError
 from skink.evaluation import Documents, perplexity
 from skink.exploration.points import DENSE, Point
 from skink.exploration.workbench import Workbench, point_key
@@ -119,3 +119,30 @@ def test_encoders_are_judged_by_their_embeddings(tokenizer, options):
     record = found.run(point("low-rank{keep=0.5,method=plain}"))
     assert 0 < record["metrics"]["cosine"] < 1
     assert "perplexity" not in record["metrics"]
+
+
+TRAINED = "low-rank{keep=0.5,method=plain}, recover{ce=1,steps=3,batch=4,learning_rate=0.003}"
+
+
+def test_points_that_train_read_text_that_is_not_judged(captured, tokenizer, options):
+    text = Documents("text", (" ".join(f"{word} {i}" for i in range(500) for word in WORDS),))
+    bench = Workbench(captured, tokenizer, "tiny", replace(options, calibration=text, held_out=None, latency=False))
+    cut, trained = point("low-rank{keep=0.5,method=plain}"), point(TRAINED)
+    bench.refuse((cut, trained))
+    assert "training" in bench.settings
+    before, after = bench.run(cut), bench.run(trained)
+    assert "error" not in after, after
+    assert after["metrics"]["perplexity"] < before["metrics"]["perplexity"]
+    assert after["metrics"]["parameters"] == before["metrics"]["parameters"]
+    assert bench.run(trained)["metrics"] == after["metrics"]
+
+
+def test_settings_without_training_are_as_they_were(bench):
+    bench.refuse((point("low-rank{keep=0.5,method=plain}"),))
+    assert "training" not in bench.settings
+
+
+def test_points_that_train_without_text_are_refused(captured, tokenizer, options):
+    bench = Workbench(captured, tokenizer, "tiny", replace(options, calibration=None))
+    with pytest.raises(RecoveryError, match=r"\[RECOVER-005\]"):
+        bench.refuse((point("low-rank{method=plain}"), point(TRAINED)))

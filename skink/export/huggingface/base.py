@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from skink.errors import ModelError
@@ -57,7 +58,10 @@ class SkinkPreTrainedModel(PreTrainedModel):
     config_class = SkinkConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
+    # Where transformers says whether, and with which function; see `run_region`.
+    gradient_checkpointing = False
+    _every_n_regions = 1
 
     def __init__(self, config: SkinkConfig, program: Program | None = None, *, copy: bool = True) -> None:
         if program is None:
@@ -103,6 +107,30 @@ class SkinkPreTrainedModel(PreTrainedModel):
         for name, _ in list(program.weights()):
             program.set_weight(name, tensors[name].detach(), buffer=name in program.buffers)
         return program
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a call now keeps little for the backward pass and computes the rest anew."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def run_region(self, index: int, run: Callable[..., Any], *args: Any) -> Any:
+        """What `run(*args)` gives, by the function that transformers was given for gradient checkpointing."""
+        if index % self._every_n_regions:
+            return run(*args)
+        return self._gradient_checkpointing_func(run, *args)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ModelError(
+                "MODEL-005",
+                "use_reentrant=True is not supported.",
+                why="it gives gradients to what reads some, and the graph's first region reads token ids only.",
+                fix='leave it out, or give {"use_reentrant": False}.',
+            )
+        self._every_n_regions = every_n_layers
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module that turns token ids into vectors."""
@@ -201,6 +229,7 @@ def _ends(program: Program) -> tuple[str, str]:
     lookups = [user for user in ids.users if user.target is aten.embedding.default]
     embedding = str(lookups[0].all_input_nodes[0].target).rpartition(".")[0] if lookups else ""
     node: fx.Node = program.graph.output_node().all_input_nodes[0]
-    while node.all_input_nodes and node.target is not aten.linear.default:
+    # What is joined of several results, as of a pivoted layer, is no one layer's.
+    while node.all_input_nodes and node.target not in (aten.linear.default, aten.cat.default):
         node = node.all_input_nodes[0]
     return embedding, linear_owner(program, node) or ""

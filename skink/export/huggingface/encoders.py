@@ -90,9 +90,10 @@ class SkinkEncoder(SkinkPreTrainedModel):
 
     def _function(self, *, padded: bool) -> Function:
         functions, training = self._functions, torch.is_grad_enabled()
-        variant = Variant(False, padded, False, training, False, self.dtype, self.device.type)
+        recompute = self.recomputes
+        variant = Variant(False, padded, False, training, False, self.dtype, self.device.type, recompute)
         if torch.compiler.is_compiling():
-            make(functions, False, padded, False, training, False, self.dtype, variant.device)
+            make(functions, False, padded, False, training, False, self.dtype, variant.device, recompute)
             return functions.bound[variant]
         return functions.get(variant)
 

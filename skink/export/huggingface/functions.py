@@ -1,7 +1,8 @@
 """The functions behind a Skink model's forward: its graphs in the variants that calls ask for, made when first asked.
 
 Variants: full sequence or step; with padding or without; logits of every token or of the last one only; for training
-(only kernels that have gradients) or not; state handed in and out as tensors, or written into the cache's buffers.
+(only kernels that have gradients) or not, and then with everything kept for the backward pass or computed anew; state
+handed in and out as tensors, or written into the cache's buffers.
 """
 
 import threading
@@ -14,6 +15,7 @@ from torch import Tensor, fx
 
 from skink.errors import ModelError
 from skink.export.huggingface.cache import StateBuffer
+from skink.export.huggingface.recomputing import bind_in_regions
 from skink.graph.emit import bind
 from skink.graph.last_token import head_input, last_token_only
 from skink.graph.program import Program, StateInput
@@ -39,6 +41,7 @@ class Variant:
     in_place: bool
     dtype: torch.dtype
     device: str
+    recompute: bool = False
 
 
 class Functions:
@@ -77,7 +80,8 @@ class Functions:
         function = self.bound.get(variant)
         if function is None:
             with self._lock:
-                function = self.bound.setdefault(variant, bind(self._prepared(variant)))
+                make_function = bind_in_regions if variant.recompute else bind
+                function = self.bound.setdefault(variant, make_function(self._prepared(variant)))
         return function
 
     def grows(self, dtype: torch.dtype) -> bool:
@@ -98,7 +102,7 @@ class Functions:
 
     def _prepared(self, variant: Variant) -> Program:
         # Kernels are chosen once for both forms: leaving out tokens at the end changes no choice.
-        key = replace(variant, last_only=False, in_place=False)
+        key = replace(variant, last_only=False, in_place=False, recompute=False)
         if key not in self._lowered:
             program = self._graph(step=variant.step, dtype=variant.dtype)
             if not variant.padded:

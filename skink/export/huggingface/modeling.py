@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -109,6 +109,23 @@ class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
         dtype = self.dtype
         return SkinkCache(self._functions.state(dtype), dtype=dtype, device=self.device)
 
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """As in transformers.
+
+        Raises:
+            ModelError: MODEL-005 where the logits are not what one linear layer gives.
+        """
+        if new_num_tokens is not None and self.get_output_embeddings() is None:
+            raise ModelError(
+                "MODEL-005",
+                "the vocabulary cannot be resized: no one linear layer gives the logits.",
+                fix="resize the source model's, then compress it.",
+            )
+        resized: nn.Module = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return resized
+
     def _cache(self, given: object, use_cache: bool | None, *, quiet: bool) -> SkinkCache | None:
         """The cache to step with; None for a call without one."""
         if given is not None and not isinstance(given, SkinkCache):
@@ -127,9 +144,10 @@ class SkinkForCausalLM(SkinkPreTrainedModel, GenerationMixin):
         training = torch.is_grad_enabled()
         # What is written into a buffer has no gradient, and torch.compile wants pure functions.
         in_place = step and not training and not compiling and functions.grows(dtype)
-        variant = Variant(step, padded, last_only, training, in_place, dtype, self.device.type)
+        recompute = self.recomputes and not step
+        variant = Variant(step, padded, last_only, training, in_place, dtype, self.device.type, recompute)
         if compiling:
-            make(functions, step, padded, last_only, training, in_place, dtype, variant.device)
+            make(functions, step, padded, last_only, training, in_place, dtype, variant.device, recompute)
             return functions.bound[variant], False
         return functions.get(variant), in_place
 

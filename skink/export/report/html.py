@@ -8,6 +8,7 @@ from skink.export.report.losses import loss_sentence, nats
 from skink.export.report.markup import Child, Markup, document, join, tag
 from skink.export.report.model import Comparison, Form, PassRecord, Report
 from skink.export.report.page_plots import comparison_plot, form_plots, layer_plots, pass_plots
+from skink.export.report.recovery import recovery_section
 from skink.export.report.savings import LINEAR, MODEL, saving_lines, saving_rows
 from skink.export.report.summary import (
     Cell,
@@ -34,6 +35,7 @@ def page(report: Report) -> str:
             _notes(report.notes),
             form_plots(report),
             _comparisons(report.comparisons),
+            recovery_section(report),
             _passes(report.passes),
             _layers(report),
             _provenance(report),

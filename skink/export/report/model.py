@@ -239,6 +239,45 @@ class Comparison(Record):
     settings: Settings
 
 
+class Recovery(Record):
+    """One pass that trained, and how it went.
+
+    Args:
+        name: the pass in the one-line form.
+        trained: how many numbers trained.
+        loss: the terms of the loss, with their weights.
+        settings: every option it trained with.
+        text, sha256: what it was trained on.
+        steps, tokens, seconds: how long; tokens are those of text read, padding excluded.
+        processes: how many trained together.
+        losses: (tokens read, mean loss since the point before) along the way.
+        held_out: (tokens read, held-out loss) at each evaluation: the cross-entropy in nats per token where that is a
+            term, and else the loss.
+        before, after: held-out loss of the weights at first, and of those that stayed.
+        stopped_early: whether it ended because the held-out loss no longer fell.
+        resumed_at: step of the checkpoint that it went on from; None where it began anew.
+        notes: what else there is to know.
+    """
+
+    name: str
+    trained: Count
+    loss: Mapping[str, float]
+    settings: Settings
+    text: str = ""
+    sha256: str = ""
+    steps: Count
+    tokens: Count
+    seconds: Annotated[float, Field(ge=0)]
+    processes: Annotated[int, Field(ge=1)] = 1
+    losses: list[tuple[int, float]] = Field(default_factory=list)
+    held_out: list[tuple[int, float]] = Field(default_factory=list)
+    before: float | None = None
+    after: float | None = None
+    stopped_early: bool = False
+    resumed_at: int | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
 class Report(Record):
     """All that `skink compress` says about one result.
 
@@ -269,6 +308,7 @@ class Report(Record):
     passes: list[PassRecord] = Field(default_factory=list)
     layers: list[LayerRecord] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
+    recoveries: list[Recovery] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
     @field_validator("created")

@@ -14,6 +14,7 @@ from rich.text import Text
 from skink.export.report import formatting as fmt
 from skink.export.report.losses import loss_sentence
 from skink.export.report.model import Comparison, PassRecord, Report
+from skink.export.report.recovery import HEADS, recovery_rows
 from skink.export.report.savings import LINEAR, MODEL, saving_lines, saving_rows
 from skink.export.report.summary import Row, headline, layers_sentence, rejections_by_reason, settings_lines
 
@@ -31,6 +32,8 @@ def render(report: Report) -> Group:
         parts += [Text(), _savings(report), *(Text(fmt.clean(line), style="dim") for line in saving_lines(report))]
     if report.comparisons:
         parts += [Text(), *_comparisons(report.comparisons)]
+    if report.recoveries:
+        parts += [Text(), *_recoveries(report)]
     if report.passes:
         parts += [Text(), _passes(report.passes), *_rejections(report.passes)]
     if report.layers:
@@ -106,6 +109,17 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[RenderableType]:
     shared = all(row.settings == comparisons[0].settings for row in comparisons)
     named = [("Perplexity" if shared else row.name, fmt.settings(row.settings)) for row in comparisons]
     return [table, _definitions(named[:1] if shared else named)]
+
+
+def _recoveries(report: Report) -> list[RenderableType]:
+    table = _table()
+    table.add_column("Recovery", overflow="fold")
+    for label in HEADS:
+        table.add_column(label, justify="right", no_wrap=label != HEADS[-1])
+    rows = recovery_rows(report)
+    for row in rows:
+        table.add_row(*(Text(fmt.clean(cell)) for cell in (row.name, *row.cells)))
+    return [table, *(_bullet(remark, style="dim") for row in rows for remark in row.remarks)]
 
 
 def _passes(passes: Sequence[PassRecord]) -> Table:

@@ -55,13 +55,6 @@ def test_a_configuration_alone_is_not_enough() -> None:
     assert caught.value.code == "MODEL-001"
 
 
-# The name that transformers gives it depends on the version.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-def test_it_does_not_claim_gradient_checkpointing() -> None:
-    with pytest.raises(ValueError, match=r"SkinkForCausalLM does not support (gradient|activation) checkpointing"):
-        skink_model("llama").gradient_checkpointing_enable()
-
-
 def test_weights_tied_by_their_program_are_tied() -> None:
     assert skink_model("gpt2").config.tie_word_embeddings
     assert skink_model("gpt2")._tied_weights_keys == {"lm_head.weight": "transformer.wte.weight"}

@@ -1,0 +1,27 @@
+"""Processes that were started together, by `torchrun` or `accelerate launch`, and must meet."""
+
+from datetime import timedelta
+
+import torch
+
+from skink.settings import settings
+
+# The first process measures while the others wait, which may take hours.
+_PATIENCE = timedelta(days=30)
+
+
+def wait_for_all(device: str = "cpu") -> None:
+    """Go on when all processes that were started together are here, at once where there is one.
+
+    Args:
+        device: where they work: who meets before they train is connected for that.
+    """
+    if settings().processes == 1:
+        return
+    if not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=torch.device(device).type == "cpu")
+    patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    torch.distributed.barrier(patient)
+    torch.distributed.destroy_process_group(patient)

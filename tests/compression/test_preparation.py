@@ -1,0 +1,62 @@
+"""What a compression begins with, and what is refused before that."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from skink.compression import CompressOptions, TextOptions
+from skink.compression.preparation import check_texts, prepare
+from skink.errors import OptionError, RecoveryError
+from skink.graph.program import Stage
+from skink.passes.recipe import load_recipe
+from tests.models import build
+
+TOKENS = torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(0))
+
+
+def silent(name: str, done: int, total: int) -> None:
+    pass
+
+
+def test_what_needs_text_is_refused_without() -> None:
+    with pytest.raises(RecoveryError, match=r"\[RECOVER-005\]"):
+        check_texts("a-model", load_recipe("recover"), CompressOptions())
+    with pytest.raises(RecoveryError, match=r"\[RECOVER-005\]"):
+        check_texts("a-model", load_recipe("recover"), CompressOptions(calibration=None, held_out="stdlib"))
+    check_texts("stdlib-llama", load_recipe("recover"), CompressOptions())
+    check_texts("a-model", load_recipe("recover"), CompressOptions(calibration="stdlib"))
+    check_texts("a-model", load_recipe("low-rank{method=plain}"), CompressOptions())
+
+
+def test_alternatives_that_train_count_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("passes: []\ncompare: [recover]\n")
+    with pytest.raises(RecoveryError, match=r"\[RECOVER-005\]"):
+        check_texts("a-model", load_recipe(recipe), CompressOptions())
+
+
+def test_a_teacher_for_nobody_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"\[OPTION-002\] a teacher was named, and no pass of the recipe learns"):
+        check_texts("stdlib-llama", load_recipe("recover{ce=1}"), CompressOptions(teacher="stdlib-llama"))
+    check_texts("stdlib-llama", load_recipe("recover{kl=1}"), CompressOptions(teacher="stdlib-llama"))
+
+
+def test_model_text_and_teacher_are_read(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "student")
+    build("llama", num_hidden_layers=3).save_pretrained(tmp_path / "teacher")
+    options = CompressOptions(
+        training=TOKENS, teacher=str(tmp_path / "teacher"), texts=TextOptions(held_out_windows=2, length=16)
+    )
+    found = prepare(str(tmp_path / "student"), load_recipe("recover{kl=1,tokens=160}"), options, silent)
+    assert found.tokenizer is None
+    assert not found.encoder
+    assert found.teacher.stage is Stage.CANONICAL
+    assert any("layers.2." in name for name, _ in found.teacher.weights())
+    assert found.texts.training.tokens.numel() >= 160
+    assert found.texts.held_out is not None
+
+
+def test_lengths_are_checked() -> None:
+    with pytest.raises(OptionError, match=r"training_length=1 is out of range"):
+        CompressOptions(training_length=1)
