@@ -64,6 +64,25 @@ def training_text(training: Any, calibration: Any, *, ships: bool) -> Any:
     return calibration if isinstance(calibration, str | Path | Documents | Sequence) else None
 
 
+def check_apart(training: Any, held_out: Any) -> None:
+    """Refuse files to train on that the model is judged by too. What files hold is compared before training begins.
+
+    Raises:
+        RecoveryError: RECOVER-002.
+    """
+    paths = [
+        _listed(text) if _is_text(text) and not isinstance(text, Documents) else [] for text in (training, held_out)
+    ]
+    # Its two parts are told apart by who asks.
+    both = [path for path in paths[0] if path in paths[1] and path != STANDARD_LIBRARY]
+    if both:
+        raise RecoveryError(
+            "RECOVER-002",
+            f"{both[0]!r} is text to train on and held-out text in one: the model would be judged by what it learnt.",
+            fix="name other files to judge by, or none: then a tenth of the text is kept back.",
+        )
+
+
 def choose_texts(
     tokenizer: Any,
     *,
@@ -97,6 +116,7 @@ def choose_texts(
         RecoveryError: RECOVER-008 where nothing can be trained on.
     """
     wanted = training if tokens else None
+    check_apart(wanted, held_out)
     if isinstance(held_out, Windows | Tensor):
         given = Windows(held_out, "tokens") if isinstance(held_out, Tensor) else held_out
         return replace(

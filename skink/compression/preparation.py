@@ -1,13 +1,16 @@
 """What a compression on disk begins with: the model, its tokenizer, all text, and a teacher where one is named."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skink.compression.chosen_texts import ChosenTexts, choose_texts, training_text
+from skink.compression.chosen_texts import ChosenTexts, check_apart, choose_texts, training_text
 from skink.compression.compress import Progress, all_passes, canonical_program, check_teacher
 from skink.compression.texts import STANDARD_LIBRARY, longest_text
+from skink.errors import OutputError
 from skink.export.huggingface import load_source
 from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder, stored_dtype
 from skink.export.huggingface.sentences import SentenceSettings, sentence_settings
@@ -44,16 +47,34 @@ class Prepared:
 
 
 def check_texts(name: str, recipe: Recipe, options: "CompressOptions") -> None:
-    """Refuse a recipe that trains where there is no text for it, and a teacher that nobody learns from.
+    """Refuse what can be seen to be wrong before anything is loaded: a recipe that trains where there is no text for
+    it, or the text that it is judged by; a teacher that nobody learns from; checkpoints that have no folder.
 
     Raises:
-        RecoveryError: RECOVER-005.
+        RecoveryError: RECOVER-002, -005.
         OptionError: OPTION-002.
+        OutputError: OUTPUT-002.
     """
     text = training_text(options.training, options.calibration, ships=name == STDLIB_LLAMA)
-    check_training_text(all_passes(recipe), given=text is not None)
+    passes = all_passes(recipe)
+    check_training_text(passes, given=text is not None)
+    if any(entry.training_tokens(2) for entry in passes):
+        check_apart(text, options.held_out)
+        _check_checkpoints(options.checkpoints)
     if options.teacher is not None:
         check_teacher(recipe)
+
+
+def _check_checkpoints(folder: Path | None) -> None:
+    """Refuse a place where no folder can be; the passes before training may take hours."""
+    if folder is None:
+        return
+    there = next(place for place in (folder, *folder.parents) if place.exists() or place == place.parent)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "you may not write there" if there.is_dir() else f"{there} is a file"
+        raise OutputError(
+            "OUTPUT-002", f"cannot keep checkpoints in {folder}: {why}.", fix="name a folder that you may write to."
+        )
 
 
 def prepare(name: str, recipe: Recipe, options: "CompressOptions", progress: Progress) -> Prepared:

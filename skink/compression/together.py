@@ -1,13 +1,9 @@
 """Processes that were started together, by `torchrun` or `accelerate launch`, and must meet."""
 
-from datetime import timedelta
-
 import torch
 
 from skink.settings import settings
-
-# The first process measures while the others wait, which may take hours.
-_PATIENCE = timedelta(days=30)
+from skink.training.processes import wait_patiently
 
 
 def wait_for_all(device: str = "cpu") -> None:
@@ -22,6 +18,5 @@ def wait_for_all(device: str = "cpu") -> None:
         from accelerate import PartialState
 
         PartialState(cpu=torch.device(device).type == "cpu")
-    patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    torch.distributed.barrier(patient)
-    torch.distributed.destroy_process_group(patient)
+    # The first process measures while the others wait, which may take hours.
+    wait_patiently()

@@ -123,7 +123,8 @@ def too_little(name: str, tokens: int, length: int) -> RecoveryError:
     """RECOVER-008 for text that does not fill one window."""
     return unusable(
         f"too little training text: {name} gives {tokens} tokens, and one window needs {length}.",
-        "give more text, or a shorter length; short texts of which each is a whole go with packing=document.",
+        "give more text, or cut shorter windows (--training-length); in Python, short texts of which each is a whole "
+        "go with packing=document.",
     )
 
 

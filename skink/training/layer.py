@@ -143,7 +143,7 @@ class Layer:
     def __init__(
         self, original: Program, program: Program, piece: Piece, targets: Sequence[Target], precision: Precision
     ) -> None:
-        self.piece, self._targets, self._precision = piece, targets, precision
+        self.piece, self._targets, self._precision, self._program = piece, targets, precision, program
         self.weights = {
             name: nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)) for name in piece.trained
         }
@@ -158,6 +158,11 @@ class Layer:
             made,
             lambda name: self.weights[name] if name in self.weights else frozen(name),
         )
+
+    def begin_again(self) -> None:
+        """Give the weights that train the values that they had at first."""
+        for name, weight in self.weights.items():
+            weight.data.copy_(self._program.weight(name))
 
     def exact(self, inputs: Mapping[str, Tensor], entry: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The original's values: what the next layer receives, and what the program's layer is held to."""

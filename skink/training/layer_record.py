@@ -18,7 +18,7 @@ class LayerLoss:
     Args:
         name: of the layer, or of the first and the last of several that had to be trained as one.
         before: its loss on a part of the text, with the weighted terms of `skink.training.layer`.
-        after: likewise.
+        after: likewise; that of a layer which training made worse, and which was left as it was, is as before.
     """
 
     name: str

@@ -207,6 +207,9 @@ class LayerRun:
             outcome.after = loss
             outcome.seconds = (time.perf_counter() - began) / len(mine)
         for job, layer, outcome in zip(mine, group.layers, outcomes, strict=True):
+            if not outcome.after <= outcome.before:
+                layer.begin_again()
+                outcome.after = outcome.before
             self.outcomes[job.piece.index] = outcome
             self._save(job, layer, outcome)
             self._put(layer.weights)
@@ -256,6 +259,7 @@ class LayerRun:
 
     def _agree(self, failure: SkinkError | None) -> None:
         """Leave together where one process failed."""
+        self.group.wait_long()
         failed = int(self.group.sum(torch.tensor(int(failure is not None), device=self.device)))
         if failure is not None:
             raise failure

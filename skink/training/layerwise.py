@@ -15,7 +15,7 @@ Bick et al. 2024 (arXiv 2408.10189, hidden-state alignment: each block from the 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
 
 from skink.errors import OptionError, RecoveryError, check_range
 from skink.graph.program import Program
@@ -83,7 +83,8 @@ def match_layers(
         raise ValueError("checkpoints of layers need an identity")
     names = trainable_names(program, original, train, ignore=ignore)
     jobs = _jobs(original, program, names, terms, patterns)
-    with processes(nn.Module(), "none") as group:
+    device = next((tensor.device for _, tensor in program.weights()), torch.device("cpu"))
+    with processes(device, "none") as group:
         folder = checkpoints / f"recover-{identity[:12]}" if checkpoints else None
         weights = (terms.hidden, terms.attention)
         run = LayerRun(original, program, text, options, weights, jobs, group, held_bytes, folder, identity)

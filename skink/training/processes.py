@@ -15,6 +15,7 @@ of transformers' blocks or whatever is large, and on CPUs it does nothing.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Sharding = Literal["none", "full"]
+
+# Of processes that wait for one that measures, or that has more layers to train.
+_PATIENCE = timedelta(days=30)
 
 # Numbers that are summed over the processes at once: 64 MiB.
 _BUCKET = 2**24
@@ -79,6 +83,11 @@ class Processes:
         """Go on when all processes are here."""
         self._accelerator.wait_for_everyone()
 
+    def wait_long(self) -> None:
+        """As `wait`, where others may have hours more to do than this process."""
+        if self.count > 1:
+            wait_patiently()
+
     def start(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
         """Give all processes process 0's trained parameters, and spread them where weights are sharded."""
         if not self.sharded:
@@ -122,16 +131,14 @@ class Processes:
 
 
 @contextmanager
-def processes(module: nn.Module, sharding: Sharding) -> Iterator[Processes]:
-    """The processes that this one was started with, for a module that trains where its parameters are.
+def processes(device: torch.device, sharding: Sharding) -> Iterator[Processes]:
+    """The processes that this one was started with, for what trains on the given device.
 
-    With several processes on CUDA each takes the device that accelerate gives it; otherwise the module stays on the
-    device that it is on.
+    With several processes on CUDA each takes the device that accelerate gives it.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     # accelerate remembers its first answers as long as Python runs. Where somebody has asked before, the answers are
     # theirs, and refuse to be changed. Where not, they are forgotten again: a user's own Accelerator should not end up
     # on the CPU because a model was trained there.
@@ -147,6 +154,13 @@ def processes(module: nn.Module, sharding: Sharding) -> Iterator[Processes]:
     finally:
         for state in made:
             state._reset_state()
+
+
+def wait_patiently() -> None:
+    """Go on when all processes that are connected are here. Other collectives give up after some minutes."""
+    patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    torch.distributed.barrier(patient)
+    torch.distributed.destroy_process_group(patient)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -41,7 +41,10 @@ class Saved:
     @torch.no_grad()
     def keep_best(self) -> None:
         """The weights as they are now are the best."""
-        self.best = {name: local(entry.detach()).clone() for name, entry in self.trained.items()}
+        for name, entry in self.trained.items():
+            now = local(entry.detach())
+            # Into what is there: a second copy would need its memory for a moment.
+            self.best[name] = self.best[name].copy_(now) if name in self.best else now.clone()
 
     @torch.no_grad()
     def restore_best(self) -> None:
@@ -127,7 +130,8 @@ class Saved:
         for path, tensor in tensors.items():
             kind, _, rest = path.partition("/")
             if kind == "best":
-                self.best[rest] = tensor.to(self.group.device)
+                # A copy: what was read may be mapped from the file.
+                self.best[rest] = tensor.to(self.group.device, copy=True)
             elif kind == "optimizer":
                 key, _, name = rest.partition("/")
                 parameter = self.trained[name]

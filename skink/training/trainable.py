@@ -66,6 +66,8 @@ def trainable_names(
             raise _nothing(
                 "train=new finds nothing to train: no pass before it introduced a weight.",
                 why=f"all {len(weights)} weights have the names that they had in the original.",
+                fix="train behind a pass that gives layers new weights, as low-rank does; where an earlier run gave "
+                "them, name the model from before it (--teacher); or use train=all or train=lora.",
             )
     else:
         patterns = (train,) if isinstance(train, str) else tuple(train)
@@ -74,6 +76,12 @@ def trainable_names(
     if not chosen:
         raise _nothing(f"train={_shown(train)} finds nothing to train once ignore={_shown(ignore)} is left out.")
     return chosen
+
+
+def idle_patterns(program: Program, patterns: Iterable[str]) -> list[str]:
+    """Those of the patterns that fit no weight of the program, and no layer that holds one."""
+    known = {name for weight, _ in program.weights() for name in _names(program, weight)}
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in known)]
 
 
 def write_back(module: nn.Module, program: Program, names: Iterable[str]) -> None:

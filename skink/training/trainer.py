@@ -31,6 +31,10 @@ __all__ = ["TrainOptions", "TrainingRecord", "train"]
 
 MakeInputs = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 
+_NO_BETTER = (
+    "No evaluation on held-out text was better than the one before the first step, so the weights stay as they were: "
+    "try a lower learning_rate, or more text."
+)
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,7 +79,8 @@ def train(
         parameter.data = parameter.data.float().contiguous()
     if checkpoints and not identity:
         identity = run_identity(trained, [text, held_out], options)
-    with processes(module, options.sharding) as group, _own_randomness(group.device), _modes(module):
+    device = next(module.parameters()).device
+    with processes(device, options.sharding) as group, _own_randomness(group.device), _modes(module):
         torch.manual_seed(options.seed + group.index)
         group.start(module, list(trained.values()))
         identity = group.first(identity)
@@ -193,9 +198,15 @@ class _Run:
                 raise self._not_finite(f"its term {name!r}" if name != "loss" else "its loss", value, rate)
 
     def _not_finite(self, what: str, value: float, rate: float) -> RecoveryError:
-        small = (
-            "" if self.options.precision == "float32" else f", precision=float32 instead of {self.options.precision}"
-        )
+        precision = self.options.precision
+        small = "" if precision == "float32" else f", precision=float32 instead of {precision}"
+        if not self.state.step:
+            return RecoveryError(
+                "RECOVER-003",
+                f"training cannot begin: {what} is {value}.",
+                why="no step was made yet: the model, or what it learns from, computes this as it is.",
+                fix=f"check that the weights of both are finite{small and ', or try' + small[1:]}.",
+            )
         return RecoveryError(
             "RECOVER-003",
             f"training broke down at step {self.state.step + 1} of {self.steps}: {what} is {value}.",
@@ -239,6 +250,8 @@ class _Run:
 
     def _record(self, resumed_at: int | None, notes: tuple[str, ...]) -> TrainingRecord:
         state = self.state
+        if state.best is not None and state.tokens and not state.best[0]:
+            notes = (*notes, _NO_BETTER)
         return TrainingRecord(
             steps=state.step,
             tokens=state.tokens,

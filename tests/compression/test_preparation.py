@@ -7,7 +7,7 @@ import torch
 
 from skink.compression import CompressOptions, TextOptions
 from skink.compression.preparation import check_texts, prepare
-from skink.errors import OptionError, RecoveryError
+from skink.errors import OptionError, OutputError, RecoveryError
 from skink.graph.program import Stage
 from skink.passes.recipe import load_recipe
 from tests.models import build
@@ -40,6 +40,28 @@ def test_a_teacher_for_nobody_is_refused() -> None:
     with pytest.raises(OptionError, match=r"\[OPTION-002\] a teacher was named, and no pass of the recipe learns"):
         check_texts("stdlib-llama", load_recipe("recover{ce=1}"), CompressOptions(teacher="stdlib-llama"))
     check_texts("stdlib-llama", load_recipe("recover{kl=1}"), CompressOptions(teacher="stdlib-llama"))
+
+
+def test_text_to_judge_by_is_not_trained_on() -> None:
+    for given in ({"training": ["a.txt", "b.txt"]}, {"calibration": "b.txt"}):
+        options = CompressOptions(held_out=["b.txt"], **given)
+        with pytest.raises(
+            RecoveryError, match=r"\[RECOVER-002\] 'b.txt' is text to train on and held-out text in one"
+        ):
+            check_texts("a-model", load_recipe("recover"), options)
+        check_texts("a-model", load_recipe("low-rank{method=plain}"), options)
+    check_texts("a-model", load_recipe("recover"), CompressOptions(training="stdlib", held_out="stdlib"))
+
+
+def test_a_place_where_no_checkpoints_can_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="file is a file"):
+            check_texts("stdlib-llama", load_recipe("recover"), CompressOptions(checkpoints=folder))
+        check_texts("stdlib-llama", load_recipe("low-rank"), CompressOptions(checkpoints=folder))
+    check_texts("stdlib-llama", load_recipe("recover"), CompressOptions(checkpoints=tmp_path / "new" / "folder"))
+    check_texts("stdlib-llama", load_recipe("recover"), CompressOptions(checkpoints=Path("new")))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_model_text_and_teacher_are_read(tmp_path: Path) -> None:

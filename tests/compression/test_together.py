@@ -1,5 +1,7 @@
 """Processes meet; tests/cli/test_compress_training.py has two that train."""
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +34,16 @@ def test_one_process_does_not_wait(set_environment: Callable[..., None]) -> None
 def test_nobody_goes_on_before_the_last_is_there(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(tmp_path)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # As torchrun starts them.
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script)], env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in running] == [0, 0]
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}

@@ -163,6 +163,8 @@ def test_weights_that_training_cannot_better_stay_as_they_were() -> None:
     before = {name: entry.clone() for name, entry in parameters(module).items()}
     record, _ = run(module, steps=2, batch=21, evaluate_every=126, learning_rate=5.0, warmup=0.0)
     assert record.best == (0, pytest.approx(best.best[1]))
+    assert "the weights stay as they were" in record.notes[0]
+    assert not best.notes
     assert all(torch.equal(entry, before[name]) for name, entry in parameters(module).items())
     assert not torch.equal(before["norm"], expected["norm"])
 
@@ -235,8 +237,11 @@ def test_what_is_not_finite_ends_the_run_and_says_where(what: str, said: str) ->
 def test_a_held_out_loss_that_is_not_finite_ends_the_run() -> None:
     module = next_module()
     module.head.weight.data[0, 0] = float("nan")
-    with pytest.raises(RecoveryError, match="its loss on held-out text is nan"):
+    with pytest.raises(RecoveryError, match="its loss on held-out text is nan") as caught:
         run(module, evaluate_every=60)
+    # Nothing was trained: no learning rate is to blame.
+    assert caught.value.what.startswith("training cannot begin")
+    assert "learning_rate" not in caught.value.fix
 
 
 class Overflows(Next):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from skink.export.report import formatting as fmt
 from skink.export.report.markup import Child, Markup, tag
+from skink.export.report.plots import svg
 
 _WIDTH, _HEIGHT = 500, 190
 _LEFT, _RIGHT, _ABOVE, _BELOW = 46, 8, 8, 34
@@ -52,16 +53,7 @@ def curves(ident: str, title: str, description: str, lines: Sequence[Line], acro
         tag("text", across, x=_LEFT + width / 2, y=_HEIGHT - 4, class_="tick", text_anchor="middle"),
     )
     body += [_curve(line, place) for line in lines]
-    return tag(
-        "svg",
-        tag("title", title, id=f"{ident}-title"),
-        tag("desc", description, id=f"{ident}-desc"),
-        body,
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_labelledby=f"{ident}-title {ident}-desc",
-        style=f"max-width: {round(_WIDTH * 1.15)}px",
-    )
+    return svg(ident, _WIDTH, _HEIGHT, title, description, body)
 
 
 def _curve(line: Line, place: Callable[[float, float], tuple[float, float]]) -> Markup:

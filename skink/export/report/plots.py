@@ -48,7 +48,7 @@ def bars(ident: str, title: str, description: str, rows: Sequence[Bar]) -> Marku
     # Room for the cap of the longest whisker.
     scale = (_BAR_WIDTH - 2) / max(ends, default=0.0) if max(ends, default=0.0) > 0 else 0.0
     body = [_bar(row, 38 * index, scale) for index, row in enumerate(rows)]
-    return _svg(ident, _BAR_WIDTH, 38 * len(rows), title, description, body)
+    return svg(ident, _BAR_WIDTH, 38 * len(rows), title, description, body)
 
 
 def _bar(row: Bar, top: float, scale: float) -> Markup:
@@ -95,7 +95,7 @@ def columns(
         over_the_edge = middle + len(place.label) * _CHARACTER / 2 > _COLUMNS_WIDTH
         if index % stride == 0 and not over_the_edge:
             body.append(tag("text", place.label, x=middle, y=height - 5, class_="tick", text_anchor="middle"))
-    return _svg(ident, _COLUMNS_WIDTH, height, title, description, body)
+    return svg(ident, _COLUMNS_WIDTH, height, title, description, body)
 
 
 def _stride(needed: float, slot: float) -> int:
@@ -152,7 +152,17 @@ def axis_ticks(top: float) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-def _svg(ident: str, width: int, height: int, title: str, description: str, body: Child) -> Markup:
+def svg(ident: str, width: int, height: int, title: str, description: str, body: Child) -> Markup:
+    """A picture with a title and a description for whoever does not see it.
+
+    Args:
+        ident: unique on the page.
+        width: in its own units, as is the height.
+        height: at least 1 is taken.
+        title: of the picture.
+        description: what it shows.
+        body: its elements.
+    """
     return tag(
         "svg",
         tag("title", title, id=f"{ident}-title"),

@@ -16,22 +16,29 @@ _PACKAGES = ("skink", "torch")
 _BLOCK = 1 << 26
 
 
-def identity(line: str, seed: int, text: Windows, program: Program, original: Program | None) -> str:
+def identity(
+    line: str, seed: int, text: Windows, held_out: Windows | None, program: Program, original: Program | None
+) -> str:
     """SHA-256 in hexadecimal of all that decides what a training comes to: two that differ in any of it share none.
 
     Args:
         line: the pass, with every option.
         seed: of everything random.
         text: what it trains on.
+        held_out: what it chooses its weights by; None: it does not choose.
         program: what it trains, as it begins.
         original: what it learns from, or None.
     """
     known = versions()
-    about = [line, seed, {name: known.get(name, "") for name in _PACKAGES}, text.sha256, list(text.tokens.shape)]
+    about = [line, seed, {name: known.get(name, "") for name in _PACKAGES}]
     digest = hashlib.sha256(json.dumps(about).encode())
-    for tensor in (text.tokens, text.padding):
-        for block in _blocks(tensor) if tensor is not None else ():
-            digest.update(block)
+    for windows in (text, held_out):
+        tensors = () if windows is None else (windows.tokens, windows.padding)
+        shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+        digest.update(f"{windows and windows.sha256} {shapes}\n".encode())
+        for tensor in tensors:
+            for block in _blocks(tensor) if tensor is not None else ():
+                digest.update(block)
     for each in (program, original) if original is not None else (program,):
         for name, weight in sorted(each.weights()):
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())

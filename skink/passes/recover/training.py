@@ -20,7 +20,7 @@ from skink.training.layerwise import match_layers
 from skink.training.options import TrainingRecord
 from skink.training.overlap import check_overlap
 from skink.training.student import Student
-from skink.training.trainable import choose_trainable, write_back
+from skink.training.trainable import choose_trainable, idle_patterns, write_back
 from skink.training.trainer import train
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Training:
         """Train, and say how it went."""
         self._check_folders()
         self._check_overlap()
+        idle = idle_patterns(self._program, self._options.ignore)
+        self._notes += [f"ignore: no weight and no layer is named like {pattern!r}." for pattern in idle]
         record, trained = self._by_layer() if self._options.by == "layer" else self._by_model()
         return PassResult(
             edits=0,
@@ -145,8 +147,13 @@ class Training:
         if record.layers:
             before, after = (sum(losses) / len(losses) for losses in zip(*_losses(record), strict=True))
             self._notes.append(f"The mean error of {len(record.layers)} layers went from {before:.4g} to {after:.4g}.")
+        left = sum(not layer.after < layer.before for layer in record.layers if layer.before)
+        if left:
+            why = "training made them no better; a lower learning_rate may, or more tokens"
+            self._notes.append(f"{left} of {len(record.layers)} layers were left as they were: {why}.")
         if record.layers_resumed:
-            self._notes.append(f"{record.layers_resumed} layers were taken from checkpoints.")
+            taken = "layer was" if record.layers_resumed == 1 else "layers were"
+            self._notes.append(f"{record.layers_resumed} {taken} taken from checkpoints.")
         return record, sum(program.weight(name).numel() for name in record.trained)
 
     def _check_folders(self) -> None:
@@ -177,7 +184,9 @@ class Training:
         if self._context.checkpoints is None:
             return ""
         line = self._options.describe()
-        return identity(line, self._context.seed, self._text, self._program, self._original)
+        # The best weights so far are the best on this text, and on no other.
+        judged = self._context.held_out if self._train_options.evaluate_every else None
+        return identity(line, self._context.seed, self._text, judged, self._program, self._original)
 
     def _settings(self) -> dict[str, Any]:
         """Options as settings of a report: those that say something, lists as text, and what was left open as it was
@@ -207,7 +216,7 @@ def _make(folder: Path) -> None:
     except OSError as error:
         raise OutputError(
             "OUTPUT-002",
-            f"cannot write to {folder}: {error.strerror}.",
+            f"cannot write to {folder}: {'it is a file' if folder.is_file() else error.strerror}.",
             fix="name a folder that you may write to.",
         ) from error
 

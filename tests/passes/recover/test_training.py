@@ -66,6 +66,25 @@ def test_folders_are_looked_at_before_training(tmp_path: Path) -> None:
     assert said == []
 
 
+def test_patterns_that_ignore_nothing_are_noted() -> None:
+    _, result = run("recover{steps=1,ignore=[*.layers.0.*,*.layer.0.*,*_proj]}")
+    assert result.passes[-1].result.notes == ("ignore: no weight and no layer is named like '*.layer.0.*'.",)
+
+
+def test_other_text_to_judge_by_makes_another_run(tmp_path: Path) -> None:
+    recipe = "recover{ce=1,steps=2,checkpoint_every=128}"
+    other = Windows(HELD_OUT.tokens.flip(1), "other")
+    for held_out in (HELD_OUT, other):
+        _, result = run(recipe, checkpoints=tmp_path, held_out=held_out)
+        assert result.passes[-1].result.training["resumed_at"] is None
+    # Where nothing is chosen by it, it makes no difference.
+    recipe = "recover{ce=1,steps=2,checkpoint_every=128,evaluate_every=0}"
+    resumed = [
+        run(recipe, checkpoints=tmp_path, held_out=text)[1].passes[-1].result.training for text in (HELD_OUT, other)
+    ]
+    assert [entry["resumed_at"] for entry in resumed] == [None, 2]
+
+
 def test_layers_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     recipe = f"{CUT}, recover{{by=layer,train=new,steps=2}}"
     first, _ = run(recipe, checkpoints=tmp_path)
