@@ -38,11 +38,11 @@ from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose.factorize.factorize import uniform_rank
 from skink.passes.decompose.replacement import replace_by_factors
 from skink.passes.decompose.selection import choose_layers
-from skink.training.layerwise import match_layers
-from skink.training.objectives import Terms
-from skink.training.options import TrainOptions
-from skink.training.pieces import Piece, cut_pieces
-from skink.training.trainable import trainable_names
+from skink.training.layerwise.match_layers import match_layers
+from skink.training.layerwise.pieces import Piece, cut_pieces
+from skink.training.loop.options import TrainOptions
+from skink.training.losses.objectives import Terms
+from skink.training.weights.trainable import trainable_names
 
 VOCABULARY = 512
 LENGTH = 128

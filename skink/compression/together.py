@@ -3,7 +3,7 @@
 import torch
 
 from skink.settings import settings
-from skink.training.processes import wait_patiently
+from skink.training.loop.processes import wait_patiently
 
 
 def wait_for_all(device: str = "cpu") -> None:

@@ -38,18 +38,18 @@ from skink.passes import discover
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose import LowRank
 from skink.passes.recipe import load_recipe
-from skink.training.adapters import LoraOptions, adapter_targets
-from skink.training.checkpoint import newest, write
-from skink.training.objectives import Terms
-from skink.training.options import TrainOptions
+from skink.training.loop.checkpoint import newest, write
+from skink.training.loop.options import TrainOptions
+from skink.training.loop.trainer import train
+from skink.training.losses.objectives import Terms
+from skink.training.losses.places import corresponding
+from skink.training.losses.student import Student
 from skink.training.overlap import check_overlap
-from skink.training.places import corresponding
-from skink.training.student import Student
-from skink.training.trainable import choose_trainable, write_back
-from skink.training.trainer import train
+from skink.training.weights.adapters import LoraOptions, adapter_targets
+from skink.training.weights.trainable import choose_trainable, write_back
 from tests.models import build, tiny
 from tests.programs import canonical
-from tests.training.tiny_training import make_inputs, next_module, text
+from tests.training.loop.tiny_training import make_inputs, next_module, text
 
 aten = torch.ops.aten
 

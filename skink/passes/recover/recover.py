@@ -2,8 +2,8 @@
 
     loss = ce · CE(text) + kl · KL(original ‖ model) + ... + hidden · |h - h'|² / |h'|²
 
-What trains, against what, and for how long are options; `skink.training.objectives` has the terms with their sources.
-Several of these passes in a recipe are stages. Exactness: approximate; no graph is edited.
+What trains, against what, and for how long are options; `skink.training.losses.objectives` has the terms with their
+sources. Several of these passes in a recipe are stages. Exactness: approximate; no graph is edited.
 """
 
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from skink.graph.passes import Context, Pass, PassResult
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
 from skink.passes.recover.options import ON_LOGITS, WITHIN, applies, check_together
-from skink.training.adapters import LoraOptions
-from skink.training.objectives import Terms
-from skink.training.options import Precision, TrainOptions
-from skink.training.processes import Sharding
-from skink.training.schedule import Schedule
+from skink.training.loop.options import Precision, TrainOptions
+from skink.training.loop.processes import Sharding
+from skink.training.loop.schedule import Schedule
+from skink.training.losses.objectives import Terms
+from skink.training.weights.adapters import LoraOptions
 
 # Tokens that are read where the recipe does not say how many.
 TOKENS = 1_000_000

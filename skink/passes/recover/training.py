@@ -14,14 +14,14 @@ from skink.graph.program import Program
 from skink.graph.windows import Windows
 from skink.passes.recover.identity import identity
 from skink.settings import settings
-from skink.training.adapters import add_adapters, merge_adapters, save_adapter
-from skink.training.layer_record import MatchingRecord
-from skink.training.layerwise import match_layers
-from skink.training.options import TrainingRecord
+from skink.training.layerwise.match_layers import match_layers
+from skink.training.layerwise.record import MatchingRecord
+from skink.training.loop.options import TrainingRecord
+from skink.training.loop.trainer import train
+from skink.training.losses.student import Student
 from skink.training.overlap import check_overlap
-from skink.training.student import Student
-from skink.training.trainable import choose_trainable, idle_patterns, write_back
-from skink.training.trainer import train
+from skink.training.weights.adapters import add_adapters, merge_adapters, save_adapter
+from skink.training.weights.trainable import choose_trainable, idle_patterns, write_back
 
 if TYPE_CHECKING:
     from skink.passes.recover.recover import Recover

@@ -1,0 +1,1 @@
+"""The training loop: steps, order of text, checkpoints, processes."""

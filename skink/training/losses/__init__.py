@@ -1,0 +1,1 @@
+"""What is learnt: losses against text and against a teacher."""

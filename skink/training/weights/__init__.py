@@ -1,0 +1,1 @@
+"""What trains, and how it comes back into a program."""
