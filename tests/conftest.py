@@ -23,6 +23,8 @@ hypothesis_settings.load_profile("skink")
 FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi3", "gpt_neox", "olmo2", "opt", "mixtral")
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`: what shares a family, or else a file, runs in one process, which makes it only once."""
     for item in items:

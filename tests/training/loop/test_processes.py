@@ -108,6 +108,9 @@ def test_one_process_alone() -> None:
 
 
 def test_accelerate_forgets_what_it_was_not_asked_by_the_user() -> None:
+    # Tests before this one may have trained by other means.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     assert not is_initialized()
     with processes(torch.device("cpu"), "none"):
         assert is_initialized()
