@@ -28,6 +28,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from low_rank_tables import matrix_section, sections
+from rows import Rows, table
 
 from skink.cli.quiet import quiet_transformers
 from skink.compression.compress import captured
@@ -42,7 +44,7 @@ from skink.compression.texts import (
     read_documents,
 )
 from skink.errors import SkinkError
-from skink.evaluation import Accuracy, answer, machine, multiple_choice, paired, perplexity
+from skink.evaluation import answer, machine, multiple_choice, perplexity
 from skink.evaluation.questions import KINDS
 from skink.export.huggingface import load_source, to_huggingface
 from skink.export.huggingface.loading import holds_encoder
@@ -77,7 +79,6 @@ METHODS: Mapping[str, str] = {
     "whitened, measured, floor 0.5": "low-rank{keep={keep},method=whitened,allocation=measured,baseline=false}",
 }
 KEEPS = (0.9, 0.8, 0.6, 0.4)
-MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -209,14 +210,19 @@ def measure(subject: Subject, recipe: str, *, ask: bool) -> dict[str, Any]:
     known = [layer.predicted_loss for layer in edited if layer.predicted_loss is not None]
     dense, cost = program_cost(subject.dense), program_cost(program)
     return {
-        "recipe": recipe,
-        "settings": subject.settings,
         "kept": cost.linear_parameters / dense.linear_parameters,
         "macs": cost.linear_macs_per_token / dense.linear_macs_per_token,
         "predicted": sum(known) if known and len(known) == len(edited) else None,
         **quality(subject, program, ask=ask),
         "seconds": time.perf_counter() - begun,
     }
+
+
+def row_of(rows: Rows, subject: Subject, recipe: str, *, ask: bool) -> dict[str, Any]:
+    """A row, measured if it is not known, or if questions should be asked and were not."""
+    if recipe in rows and (not ask or rows[recipe].get("accuracies", True)):
+        return rows[recipe]
+    return rows.add(recipe, measure(subject, recipe, ask=ask))
 
 
 def matrices(subject: Subject, recipe: str, windows: int) -> list[dict[str, Any]]:
@@ -238,103 +244,6 @@ def matrices(subject: Subject, recipe: str, windows: int) -> list[dict[str, Any]
          "measured": found[each.name]}
         for each in layers if each.name in found
     ]  # fmt: skip
-
-
-class Rows:
-    """Rows by recipe, kept in a file where one is named."""
-
-    def __init__(self, path: Path | None, settings: Mapping[str, str]) -> None:
-        self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                if row["settings"] == settings:
-                    self.rows[row["recipe"]] = row
-
-    def get(self, subject: Subject, recipe: str, *, ask: bool) -> dict[str, Any]:
-        """A row, measured if it is not known, or if questions should be asked and were not."""
-        if recipe not in self.rows or (ask and not self.rows[recipe].get("accuracies", True)):
-            self.rows[recipe] = measure(subject, recipe, ask=ask)
-            if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.rows[recipe]) + "\n")
-        return self.rows[recipe]
-
-
-def table(title: str, heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table under a heading."""
-    lines = [f"## {title}", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
-
-
-def added(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """Predicted and measured nats per token."""
-    predicted = MISSING if row["predicted"] is None else f"{row['predicted']:.4f}"
-    return f"{predicted} / {row['nats'] - dense['nats']:.4f}"
-
-
-def accuracy(row: Mapping[str, Any], dense: Mapping[str, Any], kind: str) -> str:
-    """A percentage, and the paired difference to the dense model with its standard error."""
-    if kind not in row["accuracies"]:
-        return MISSING
-    kinds = [each["accuracies"][kind] for each in (dense, row)]
-    first, second = (Accuracy(**(found | {"correct": tuple(found["correct"])})) for found in kinds)
-    difference = paired(first, second)
-    return f"{100 * second.value:.1f} ({100 * difference.value:+.1f} ± {100 * difference.standard_error:.1f})"
-
-
-def ratio(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """The perplexity over the dense model's."""
-    return f"{row['perplexity'] / dense['perplexity']:.4f}"
-
-
-def agreement(row: Mapping[str, Any], name: str) -> str:
-    """One measure of an encoder."""
-    return f"{row['measures'][name]:.4f}"
-
-
-def sections(dense: Mapping[str, Any], rows: Mapping[str, Mapping[float, Any]], keeps: list[float]) -> list[str]:
-    """Every table of methods by shares."""
-
-    def grid(title: str, cell: Callable[[Any], str]) -> str:
-        lines = [[name, *(cell(row[keep]) if keep in row else MISSING for keep in keeps)] for name, row in rows.items()]
-        return table(title, ["method", *(f"{keep:.0%}" for keep in keeps)], lines)
-
-    found = []
-    if "perplexity" in dense:
-        found.append(
-            grid(f"Held-out perplexity over the dense model's {dense['perplexity']:.4f}", partial(ratio, dense=dense))
-        )
-        found.append(grid("Loss added, predicted / measured, nats per token", partial(added, dense=dense)))
-        for kind, known in dense["accuracies"].items():
-            title = (
-                f"Accuracy, {kind}, in per cent (dense {100 * known['value']:.1f}; in brackets the paired difference)"
-            )
-            found.append(grid(title, partial(accuracy, dense=dense, kind=kind)))
-    found += [grid(name, partial(agreement, name=name)) for name in dense.get("measures", ())]
-    return [*found, grid("Linear parameters kept", lambda row: f"{row['kept']:.1%}")]
-
-
-def matrix_section(recipe: str, found: list[dict[str, Any]], windows: int) -> str:
-    """The table of single matrices, and how well the prediction orders and sizes them."""
-    rows = [
-        [entry["name"], " x ".join(map(str, entry["shape"])), str(entry["rank"]),
-         MISSING if entry["predicted"] is None else f"{entry['predicted']:.6f}", f"{entry['measured']:.6f}"]
-        for entry in found
-    ]  # fmt: skip
-    pairs = [(entry["predicted"], entry["measured"]) for entry in found if entry["predicted"] is not None]
-    text = table(f"Every matrix alone: `{recipe}`", ["matrix", "out x in", "rank", "predicted", "measured"], rows)
-    if len(pairs) > 2:
-        both = torch.tensor(pairs, dtype=torch.float64)
-        ranks = both.argsort(dim=0).argsort(dim=0).double()
-        order = float(torch.corrcoef(ranks.T)[0, 1])
-        total = both.sum(dim=0)
-        text += (
-            f"\nNats per token on {windows} of the held-out windows. Sums: predicted {total[0]:.4f}, measured "
-            f"{total[1]:.4f}. Rank correlation over {len(pairs)} matrices: {order:.3f}.\n"
-        )
-    return text
 
 
 def command(arguments: argparse.Namespace) -> str:
@@ -369,8 +278,8 @@ def main() -> None:
     with quiet_transformers(), ExitStack() as stack:
         subject = load(arguments.model, arguments.questions, arguments.text)
         stack.enter_context(statistics_once(subject))
-        kept = Rows(arguments.rows, subject.settings)
-        dense = kept.get(subject, "", ask=bool(asked) and not arguments.known)
+        kept = Rows(arguments.rows, subject.settings, "recipe")
+        dense = row_of(kept, subject, "", ask=bool(asked) and not arguments.known)
         rows: dict[str, dict[float, Any]] = {}
         notes: list[str] = []
         for name, template in METHODS.items():
@@ -378,11 +287,11 @@ def main() -> None:
                 continue
             for keep in keeps:
                 recipe = template.replace("{keep}", f"{keep:g}")
-                if arguments.known and recipe not in kept.rows:
+                if arguments.known and recipe not in kept:
                     notes.append(f"Not measured yet: {name} at {keep:g}.")
                     continue
                 try:
-                    row = kept.get(subject, recipe, ask=keep in asked and not arguments.known)
+                    row = row_of(kept, subject, recipe, ask=keep in asked and not arguments.known)
                 except SkinkError as error:
                     notes.append(f"Left out: {name} at {keep:g}: {error.what}")
                     continue

@@ -1,21 +1,20 @@
-"""What recovery wins back: losses compared at their own best learning rates, and the dense model trained equally long.
+"""What recovery wins back: losses, what trains, and stages, each at its own best learning rates.
 
-A model is compressed once. For each loss, short runs at several learning rates are judged by windows of the held-out
-text that are judged on nowhere else; the best `--finalists` of them go the whole length, and all of these are shown,
-since short runs like low rates better than long ones do. Text of the training split cannot
-choose: the model that ships has read it before, and high rates look better there than they are. The dense model is
-trained in the same way with cross-entropy: it improves by training too, and at its own best rate is what the result has
-to be compared with. Perplexity is of the held-out windows that the other tables use; nothing is chosen by them.
+A model is compressed once. For each way to train it, short runs at several learning rates are judged by windows of the
+held-out text that are judged on nowhere else; the best `--finalists` of them go the whole length, and all of these are
+shown, since short runs like low rates better than long ones do. Text of the training split cannot choose: the model
+that ships has read it before, and high rates look better there than they are. The dense model is trained in the same
+way with cross-entropy: it improves by training too, and at its own best rate is what the result has to be compared
+with. Perplexity is of the held-out windows that the other tables use; nothing is chosen by them.
 
 Rows are kept in the file of `--rows` as they come, and those that stand there already are not trained again.
 
     python benchmarks/quality/recovery.py [--model stdlib-llama] [--recipe 'low-rank{keep=0.6}'] [--tokens 2000000]
-        [--trial 150000] [--rates 1e-5,3e-5,1e-4] [--finalists 2] [--only PATTERN] [--train all]
-        [--precision bfloat16] [--threads N] [--rows FILE] [--known] [--out FILE.md]
+        [--trial 150000] [--finalists 2] [--only PATTERN] [--precision bfloat16] [--threads N] [--rows FILE]
+        [--known] [--out FILE.md]
 """
 
 import argparse
-import json
 import math
 import platform
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import Rows, table
 
 from skink.compression.compress import compress_program
 from skink.compression.texts import TextOptions, calibration_and_held_out, read_documents
@@ -39,18 +39,42 @@ from skink.graph.program import Program
 from skink.graph.windows import Windows
 from skink.passes.recipe import parse_passes
 
-# What each compared loss is, as options of `recover`.
-LOSSES = {
-    "cross-entropy": "ce=1",
-    "KL to the original": "kl=1",
-    "half of each": "ce=0.5,kl=0.5",
-    "a quarter KL": "ce=0.75,kl=0.25",
-    "reverse KL": "reverse_kl=1",
-    "Jensen-Shannon": "js=1",
-}
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train.
+
+    Args:
+        options: of `recover`.
+        rates: learning rates that are tried.
+        first: options of a stage before, which reads a quarter of all tokens; empty: there is none.
+    """
+
+    options: str
+    rates: tuple[str, ...] = ("1e-5", "3e-5", "1e-4")
+    first: str = ""
+
+
 DENSE = "dense, cross-entropy"
+_OF_ADAPTERS = ("1e-4", "3e-4", "1e-3")
+_BY_LAYER = "by=layer,train=all,learning_rate=3e-5"
+WAYS = {
+    DENSE: Way("ce=1,train=all"),
+    "cross-entropy": Way("ce=1,train=all"),
+    "KL to the original": Way("kl=1,train=all"),
+    "half of each": Way("ce=0.5,kl=0.5,train=all"),
+    "a quarter KL": Way("ce=0.75,kl=0.25,train=all"),
+    "reverse KL": Way("reverse_kl=1,train=all"),
+    "Jensen-Shannon": Way("js=1,train=all"),
+    "cross-entropy, new weights": Way("ce=1,train=new"),
+    "cross-entropy, adapters": Way("ce=1,train=lora", _OF_ADAPTERS),
+    "KL, adapters": Way("kl=1,train=lora", _OF_ADAPTERS),
+    "layer by layer": Way("by=layer,train=all"),
+    "layer by layer, then cross-entropy": Way("ce=1,train=all", first=_BY_LAYER),
+}
 
 LENGTH = 512
+_SHORT = "Learning rates, by nats per token of other text after the short run"
 # Windows that rates are chosen by.
 _VALIDATION = 48
 
@@ -113,49 +137,43 @@ def said(name: str, done: int, total: int) -> None:
     print(f"\r{name} {done}/{total}   ", end="", file=sys.stderr)
 
 
-class Rows:
-    """Finished runs by what they were, kept in a file where one is named."""
+class Runs:
+    """Finished runs by what they were.
 
-    def __init__(self, subject: Subject, path: Path | None, settings: dict[str, str]) -> None:
-        self.subject, self.path, self.settings = subject, path, settings
-        self.rows: dict[str, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
-            row = json.loads(line)
-            if row["settings"] == settings:
-                self.rows[row["key"]] = row
+    Args:
+        subject: what trains.
+        rows: where they are kept.
+    """
 
-    def get(self, start: str, options: str, *, judge: bool) -> dict[str, Any]:
+    def __init__(self, subject: Subject, rows: Rows) -> None:
+        self.subject, self.rows = subject, rows
+
+    def get(self, start: str, stages: str, *, judge: bool) -> dict[str, Any]:
         """One run: nats per token of the text that rates are chosen by and, where asked, of the held-out text.
 
         Args:
             start: `dense` or `small`.
-            options: of `recover`; empty for no training.
+            stages: options of `recover`, of each stage, with " then " between; empty for no training.
             judge: whether to read the held-out text.
         """
-        key = f"{start} {options}"
-        row = self.rows.get(key)
-        if row is not None and (not judge or "held_out" in row):
-            return row
+        key = f"{start} {stages}"
+        if key in self.rows and (not judge or "held_out" in self.rows[key]):
+            return self.rows[key]
         subject = self.subject
         program = (subject.dense if start == "dense" else subject.small).clone()
         begun, training = time.perf_counter(), None
-        if options:
-            passes = parse_passes(f"recover{{{options},evaluate_every=0}}")
+        if stages:
+            passes = parse_passes(", ".join(map(recover, stages.split(" then "))))
             result = Pipeline(passes, start=program.stage).run(
                 program, training=subject.text, original=subject.dense, verify=0, progress=said, status=status
             )
             training = result.passes[-1].result.training
-        seconds = time.perf_counter() - begun
-        row = {"key": key, "settings": self.settings, "seconds": seconds, "training": training}
+        row: dict[str, Any] = {"seconds": time.perf_counter() - begun, "training": training}
         row["validation"] = subject.nats(program, subject.validation)
         if judge:
             row["held_out"] = subject.nats(program, subject.held_out)
-        self.rows[key] = row
-        print(f"\n{key}: {row['validation']:.4f} {row.get('held_out', math.nan):.4f} {seconds:.0f} s", file=sys.stderr)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        return row
+        print(f"\n{key}: {row['validation']:.4f} in {row['seconds']:.0f} s", file=sys.stderr)
+        return self.rows.add(key, row)
 
 
 def status(text: str) -> None:
@@ -163,18 +181,36 @@ def status(text: str) -> None:
     print(f"\r{text}   ", end="", file=sys.stderr)
 
 
-def by_short_runs(rows: Rows, start: str, loss: str, common: str, rates: list[str], trial: int) -> dict[str, float]:
+def recover(options: str) -> str:
+    """A stage as a line of a recipe, that chooses nothing by the held-out text."""
+    return f"recover{{{options}}}" if "by=layer" in options else f"recover{{{options},evaluate_every=0}}"
+
+
+def stages_of(way: Way, precision: str, rate: str, tokens: int) -> str:
+    """The stages of a run, as `Rows.get` takes them."""
+    common = f"precision={precision}"
+    if not way.first:
+        return f"{way.options},{common},learning_rate={rate},tokens={tokens}"
+    first = tokens // 4
+    return (
+        f"{way.first},{common},tokens={first} then {way.options},{common},learning_rate={rate},tokens={tokens - first}"
+    )
+
+
+def by_short_runs(done: Runs, start: str, way: Way, arguments: argparse.Namespace) -> dict[str, float]:
     """Nats per token of other text after a short run at each rate, the best first."""
+    runs = {rate: stages_of(way, arguments.precision, rate, arguments.trial) for rate in way.rates}
     found = {
-        rate: rows.get(start, f"{loss},{common},learning_rate={rate},tokens={trial}", judge=False)["validation"]
-        for rate in rates
+        rate: float(done.get(start, stages, judge=False)["validation"])
+        for rate, stages in runs.items()
+        if not arguments.known or f"{start} {stages}" in done.rows
     }
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
-def report(arguments: argparse.Namespace, rows: Rows, runs: list[dict[str, Any]], trials: list[list[str]]) -> str:
+def report(arguments: argparse.Namespace, done: Runs, runs: list[dict[str, Any]], trials: list[list[str]]) -> str:
     """The page, as Markdown."""
-    untrained, small = rows.get("dense", "", judge=True), rows.get("small", "", judge=True)
+    untrained, small = done.get("dense", "", judge=True), done.get("small", "", judge=True)
     dense = [row for row in runs if row["name"] == DENSE]
     fair = min(dense, key=lambda row: float(row["validation"]), default=untrained)
 
@@ -197,25 +233,16 @@ def report(arguments: argparse.Namespace, rows: Rows, runs: list[dict[str, Any]]
             "",
             "    python benchmarks/quality/recovery.py "
             f"--recipe '{arguments.recipe}' --tokens {arguments.tokens} --trial {arguments.trial} "
-            f"--rates {arguments.rates} --finalists {arguments.finalists} --train {arguments.train} "
-            f"--precision {arguments.precision} --threads {arguments.threads}",
+            f"--finalists {arguments.finalists} --precision {arguments.precision} --threads {arguments.threads}",
             "",
-            *table(heads, lines),
-            "## Learning rates, by nats per token of other text after the short run",
-            "",
-            *table(["model and loss", *arguments.rates.split(",")], trials),
-            f"Trained on {rows.subject.text.source}; judged on {rows.subject.held_out.source}, "
-            f"{' x '.join(map(str, rows.subject.held_out.tokens.shape))} tokens. {computer.processor}, "
+            table("", heads, lines),
+            table(_SHORT, ["model and loss", "rate: nats"], trials),
+            f"Trained on {done.subject.text.source}; judged on {done.subject.held_out.source}, "
+            f"{' x '.join(map(str, done.subject.held_out.tokens.shape))} tokens. {computer.processor}, "
             f"{computer.threads} threads, {computer.python}, PyTorch {computer.torch}.",
             "",
         ]
     )
-
-
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table, and a blank one."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def main() -> None:
@@ -225,14 +252,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="low-rank{keep=0.6}")
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--trial", type=int, default=150_000, help="tokens of the short runs")
-    parser.add_argument("--rates", default="1e-5,3e-5,1e-4")
     parser.add_argument("--finalists", type=int, default=2, help="how many rates go the whole length")
-    parser.add_argument("--only", default="*", help="shell-style pattern on the losses' names")
-    parser.add_argument("--train", default="all", help="all, new or lora")
+    parser.add_argument("--only", default="*", help="shell-style pattern on the names of ways")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=Path, help="a file of rows, one JSON object a line")
-    parser.add_argument("--known", action="store_true", help="no long run that the file of rows lacks")
+    parser.add_argument("--known", action="store_true", help="what the file of rows has, and no more")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -243,24 +268,21 @@ def main() -> None:
         "torch": version("torch"),
         "python": platform.python_version(),
     }
-    rows = Rows(subject, arguments.rows, settings)
-    rates = arguments.rates.split(",")
+    kept = Rows(arguments.rows, settings, "key")
+    done = Runs(subject, kept)
     runs: list[dict[str, Any]] = []
     trials: list[list[str]] = []
-    for name, loss in {DENSE: "ce=1", **LOSSES}.items():
+    for name, way in WAYS.items():
         if name != DENSE and not fnmatchcase(name, arguments.only):
             continue
         start = "dense" if name == DENSE else "small"
-        # The dense model has no new parameters: all of it trains, unless adapters do.
-        train = "all" if name == DENSE and arguments.train == "new" else arguments.train
-        common = f"train={train},precision={arguments.precision}"
-        found = by_short_runs(rows, start, loss, common, rates, arguments.trial)
-        trials.append([name, *(f"{found[rate]:.4f}" for rate in rates)])
-        for rate in list(found)[: arguments.finalists]:
-            options = f"{loss},{common},learning_rate={rate},tokens={arguments.tokens}"
-            if not arguments.known or f"{start} {options}" in rows.rows:
-                runs.append({**rows.get(start, options, judge=True), "name": name, "rate": rate})
-    page = report(arguments, rows, runs, trials)
+        found = by_short_runs(done, start, way, arguments)
+        trials.append([name, ", ".join(f"{rate}: {found[rate]:.4f}" for rate in way.rates if rate in found)])
+        for rate in way.rates if arguments.known else list(found)[: arguments.finalists]:
+            stages = stages_of(way, arguments.precision, rate, arguments.tokens)
+            if not arguments.known or f"{start} {stages}" in done.rows:
+                runs.append({**done.get(start, stages, judge=True), "name": name, "rate": rate})
+    page = report(arguments, done, runs, trials)
     print(page)
     if arguments.out is not None:
         arguments.out.write_text(page, encoding="utf-8")
