@@ -50,12 +50,13 @@ def build_tree(programs: Sequence[Program], *, copy: bool = True) -> nn.Module:
 def bind(program: Program) -> Callable[..., Any]:
     """A function `(tree, *inputs) -> results` that runs the program's graph on a tree from `build_tree`."""
     graph = fx.Graph()
+    tree = _Tree(graph)
     values: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], values.__getitem__))
         else:
-            values[node] = _bound(program, node, graph, values)
+            values[node] = _bound(program, node, tree, values)
     return _compiled(graph)
 
 
@@ -71,27 +72,48 @@ def bind_part(
         results: values that come back, whether made here or given.
     """
     graph = fx.Graph()
+    tree = _Tree(graph)
     values = {node: graph.node_copy(node) for node in program.graph.find_nodes(op="placeholder")}
     values.update((node, graph.placeholder(node.name)) for node in entries)
     for node in nodes:
-        values[node] = _bound(program, node, graph, values)
+        values[node] = _bound(program, node, tree, values)
     graph.output([values[node] for node in results])
     return _compiled(graph)
 
 
-def _bound(program: Program, node: fx.Node, graph: fx.Graph, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The node in `graph` that computes what `node` does, by calls of layers where layers hold its weights."""
+class _Tree:
+    """Looks layers and weights up in the tree, every part of a path once in a call: a look-up in a module is slow."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._found: dict[str, fx.Node] = {}
+
+    def get(self, path: str) -> fx.Node:
+        """The node that gives what stands at `path`."""
+        if path not in self._found:
+            owner, _, leaf = path.rpartition(".")
+            self._found[path] = (
+                self.graph.call_function(getattr, (self.get(owner), leaf)) if owner else self.graph.get_attr(leaf)
+            )
+        return self._found[path]
+
+
+def _bound(program: Program, node: fx.Node, tree: _Tree, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The node that computes what `node` does, by calls of layers where layers hold its weights."""
+    graph = tree.graph
     layer = linear_owner(program, node) or embedding_owner(node)
     if layer is not None:
         data: Any = node.args[1] if node.target is aten.embedding.default else node.args[0]
-        return graph.call_module(layer, (values[data],))
+        return graph.call_function(call_layer, (tree.get(layer), values[data]))
     if "layers" in node.meta:
-        pair = [graph.get_attr(path) for path in node.meta["layers"]]
+        pair = [tree.get(path) for path in node.meta["layers"]]
         return graph.call_function(pair_of_layers(node.target), (*pair, values[node.args[0]]))  # type: ignore[index]
     if "pivoted_layers" in node.meta:
-        pair = [graph.get_attr(path) for path in node.meta["pivoted_layers"]]
+        pair = [tree.get(path) for path in node.meta["pivoted_layers"]]
         order = fx.map_arg(node.args[5] if len(node.args) > 5 else None, values.__getitem__)
         return graph.call_function(pivoted_layers(node.target), (*pair, values[node.args[0]], order))  # type: ignore[index]
+    if node.op == "get_attr":
+        return tree.get(str(node.target))
     return graph.node_copy(node, values.__getitem__)
 
 
@@ -105,6 +127,12 @@ def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, name, "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
     return function
+
+
+def call_layer(layer: nn.Module, input: Tensor) -> Tensor:
+    """What a layer makes of its input."""
+    result: Tensor = layer(input)
+    return result
 
 
 @cache
