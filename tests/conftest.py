@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # PyTorch's cache of calls on fake tensors costs more than it saves in models as small as those of the tests. It is read
 # when torch is imported.
@@ -14,26 +15,19 @@ from hypothesis import settings as hypothesis_settings
 
 from skink.kernels.cpp.library import library
 from skink.settings import settings
+from tests.scheduling import FAMILIES, TogetherScheduling
 
 # The same examples everywhere, however slow the machine is.
 hypothesis_settings.register_profile("skink", derandomize=True, deadline=None, max_examples=30)
 hypothesis_settings.load_profile("skink")
 
-# As in tests/models.py, which loads transformers and so is not loaded here.
-FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi3", "gpt_neox", "olmo2", "opt", "mixtral")
 
-
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`: what shares a family, or else a file, runs in one process, which makes it only once."""
-    for item in items:
-        family = item.callspec.params.get("family") if isinstance(item, pytest.Function) and _varies(item) else None
-        item.add_marker(pytest.mark.xdist_group(str(family or item.path)))
-
-
-def _varies(item: pytest.Function) -> bool:
-    return hasattr(item, "callspec")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadscope`: what shares a family, or else a file, runs in one process, which makes it only once."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    return TogetherScheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
