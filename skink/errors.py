@@ -51,6 +51,7 @@ CODES: dict[str, str] = {
     "RECOVER-006": "a teacher that does not fit the student",
     "RECOVER-007": "no place where teacher and student could be compared",
     "RECOVER-008": "training text that cannot be used",
+    "RECOVER-009": "something said of training, and no pass that makes use of it",
     "RECOVER-010": "a trained weight that its dtype cannot hold",
     "RECOVER-011": "an adapter on a weight that something else reads too",
     "MODEL-001": "a folder or name that is not a checkpoint",
@@ -115,6 +116,25 @@ class GraphError(SkinkError):
 
 class OptionError(SkinkError, ValueError):
     """An option that a pass or a command refuses."""
+
+
+class RangeError(OptionError):
+    """An option out of its range.
+
+    Args:
+        name: the option's.
+        value: received.
+        interval: expected, as `[0, 1)`.
+    """
+
+    def __init__(self, name: str, value: float, interval: str) -> None:
+        fix = f"choose {name} in {interval}."
+        super().__init__("OPTION-002", f"{name}={value!r} is out of range {interval}.", fix=fix)
+        self.name, self.value, self.interval = name, value, interval
+
+    def of(self, owner: str) -> "RangeError":
+        """The same of an option of `owner`, which the one who refused it did not know."""
+        return RangeError(f"{owner}.{self.name}", self.value, self.interval)
 
 
 class RecipeError(SkinkError, ValueError):
@@ -191,6 +211,4 @@ def check_range(
     inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
     if isinstance(value, bool) or not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise OptionError(
-            "OPTION-002", f"{name}={value!r} is out of range {interval}.", fix=f"choose {name} in {interval}."
-        )
+        raise RangeError(name, value, interval)

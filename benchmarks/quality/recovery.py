@@ -29,7 +29,8 @@ import torch
 from rows import Rows, table
 
 from skink.compression.compress import compress_program
-from skink.compression.texts import TextOptions, calibration_and_held_out, read_documents
+from skink.compression.text_options import TextOptions
+from skink.compression.texts import calibration_and_held_out, read_documents
 from skink.compression.training_texts import training_windows
 from skink.evaluation import Documents, machine, perplexity
 from skink.evaluation.corpus import token_stream

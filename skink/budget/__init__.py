@@ -2,6 +2,6 @@
 
 from skink.budget.allocate import Curve, allocate
 from skink.budget.ranks import rank_curve
-from skink.budget.target import UNITS, Pricing, Unit, Workload, pricing
+from skink.budget.target import Pricing, Unit, Workload, pricing
 
-__all__ = ["UNITS", "Curve", "Pricing", "Unit", "Workload", "allocate", "pricing", "rank_curve"]
+__all__ = ["Curve", "Pricing", "Unit", "Workload", "allocate", "pricing", "rank_curve"]

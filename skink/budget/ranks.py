@@ -16,7 +16,6 @@ def rank_curve(
     *,
     multiple: int = 1,
     floor: int = 0,
-    core: bool = False,
     pivoted: bool = False,
     uses: int = 1,
 ) -> tuple[Curve, Tensor]:
@@ -26,14 +25,14 @@ def rank_curve(
 
     Args:
         name: of the layer.
-        discarded: float64[min(out, in) + 1]; at r the loss, in nats per token, when rank r is kept.
+        discarded: float64[min(out, in) + 1]; at r the loss, in nats per token, when rank r is kept; a rank whose loss
+            is not finite is not offered.
         shape: (out, in).
         pricing: see `pricing`.
         multiple: ranks are multiples of it, as hardware likes; 1 or more. Where a matrix has no such rank that saves
             anything, it stays dense.
         floor: the least rank to offer; 0 for none. A measured curve needs one, because what one matrix alone loses says
             little about what many lose together.
-        core: whether an R x R matrix stands between the factors.
         pivoted: whether R rows of the product are stored as they are, see `Pricing`.
         uses: how many times each token passes through the weight.
 
@@ -46,8 +45,8 @@ def rank_curve(
         raise ValueError(f"{name}: {len(discarded)} losses for a matrix of {shape}, not {min(shape) + 1}")
     dense = pricing.linear(*shape, uses=uses)
     ranks = torch.arange(1, min(shape) // multiple + 1) * multiple
-    ranks = ranks[ranks >= floor]
-    costs = pricing.low_rank_curve(*shape, ranks, core=core, pivoted=pivoted, uses=uses).cpu()
+    ranks = ranks[(ranks >= floor) & torch.isfinite(discarded[ranks]).cpu()]
+    costs = pricing.low_rank_curve(*shape, ranks, pivoted=pivoted, uses=uses).cpu()
     saves = costs < dense
     ranks, costs = ranks[saves], costs[saves]
     # A predicted loss is a sum of squares; what rounding leaves below zero must not look like a gain.

@@ -2,19 +2,20 @@
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from skink.budget.interpolate import interpolate
 from skink.errors import OptionError, check_range
 from skink.graph.program import Program
 
 Unit = Literal["params", "bytes", "flops", "latency"]
-UNITS: tuple[str, ...] = get_args(Unit)
 
 # Rows of inputs, out, in, rank (None: dense), dtype, device -> seconds of one call. Of pivoted factors, with
 # `pivoted=True` besides.
@@ -68,30 +69,29 @@ class Workload:
         return f"{self.batch}x{self.prompt}+{self.output}"
 
 
-class Pricing(Protocol):
+class Pricing(ABC):
     """The cost of matrices [out, in] in one unit; made by `pricing`.
 
-    Everywhere, `core` says that an R x R matrix stands between the two factors, `pivoted` that R rows of the product
-    are stored as they are, which takes R x R numbers less, and `uses` how many times each token passes through the
-    weight, which counts where work is counted and not where size is.
+    Everywhere, `pivoted` says that R rows of the product of the factors are stored as they are, which takes R x R
+    numbers less, and `uses` how many times each token passes through the weight, which counts where work is counted and
+    not where size is.
     """
 
+    @abstractmethod
     def linear(self, out: int, in_: int, *, uses: int = 1) -> float:
         """The cost of the dense matrix."""
 
-    def low_rank(
-        self, out: int, in_: int, rank: int, *, core: bool = False, pivoted: bool = False, uses: int = 1
-    ) -> float:
-        """The cost of its factors at `rank`, 1 or more."""
+    @abstractmethod
+    def low_rank_curve(self, out: int, in_: int, ranks: Tensor, *, pivoted: bool = False, uses: int = 1) -> Tensor:
+        """The cost of its factors at each of the ranks int64[K], 1 or more: float64[K]."""
 
-    def low_rank_curve(
-        self, out: int, in_: int, ranks: Tensor, *, core: bool = False, pivoted: bool = False, uses: int = 1
-    ) -> Tensor:
-        """The cost at each of the ranks int64[K]: float64[K]."""
+    def low_rank(self, out: int, in_: int, rank: int, *, pivoted: bool = False, uses: int = 1) -> float:
+        """The cost of its factors at one rank."""
+        return float(self.low_rank_curve(out, in_, torch.tensor([rank]), pivoted=pivoted, uses=uses))
 
 
 @dataclass(frozen=True)
-class CountPricing:
+class CountPricing(Pricing):
     """Costs in proportion to the count of numbers.
 
     Args:
@@ -106,25 +106,17 @@ class CountPricing:
         """See `Pricing.linear`."""
         return self._times(uses) * out * in_
 
-    def low_rank(
-        self, out: int, in_: int, rank: int, *, core: bool = False, pivoted: bool = False, uses: int = 1
-    ) -> float:
-        """See `Pricing.low_rank`."""
-        return float(self.low_rank_curve(out, in_, torch.tensor([rank]), core=core, pivoted=pivoted, uses=uses))
-
-    def low_rank_curve(
-        self, out: int, in_: int, ranks: Tensor, *, core: bool = False, pivoted: bool = False, uses: int = 1
-    ) -> Tensor:
+    def low_rank_curve(self, out: int, in_: int, ranks: Tensor, *, pivoted: bool = False, uses: int = 1) -> Tensor:
         """See `Pricing.low_rank_curve`."""
         exact = ranks.double()
-        square = exact.square() * (int(core) - int(pivoted))
-        return self._times(uses) * (exact * (out + in_) + square)
+        saved = exact.square() if pivoted else 0
+        return self._times(uses) * (exact * (out + in_) - saved)
 
     def _times(self, uses: int) -> float:
         return self.each * (uses if self.per_use else 1)
 
 
-class LatencyPricing:
+class LatencyPricing(Pricing):
     """Seconds of a workload: the prompt's rows once, and the batch's rows for each new token.
 
     Only a few ranks of each shape are measured; between them the seconds are interpolated, beyond them continued.
@@ -149,23 +141,11 @@ class LatencyPricing:
         """See `Pricing.linear`."""
         return uses * self._workload(out, in_, None)
 
-    def low_rank(
-        self, out: int, in_: int, rank: int, *, core: bool = False, pivoted: bool = False, uses: int = 1
-    ) -> float:
-        """See `Pricing.low_rank`."""
-        return float(self.low_rank_curve(out, in_, torch.tensor([rank]), core=core, pivoted=pivoted, uses=uses))
-
-    def low_rank_curve(
-        self, out: int, in_: int, ranks: Tensor, *, core: bool = False, pivoted: bool = False, uses: int = 1
-    ) -> Tensor:
-        """See `Pricing.low_rank_curve`; a core is priced as one more square matrix."""
+    def low_rank_curve(self, out: int, in_: int, ranks: Tensor, *, pivoted: bool = False, uses: int = 1) -> Tensor:
+        """See `Pricing.low_rank_curve`."""
         even = min(out - 1, in_) if pivoted else out * in_ / (out + in_)
         known = sorted({max(1, math.ceil(share * even)) for share in _MEASURED})
-        seconds = [
-            self._workload(out, in_, rank, pivoted) + (self._workload(rank, rank, None) if core else 0)
-            for rank in known
-        ]
-        return uses * _interpolated(ranks.double(), known, seconds)
+        return uses * interpolate(ranks, known, [self._workload(out, in_, rank, pivoted) for rank in known])
 
     def _workload(self, out: int, in_: int, rank: int | None, pivoted: bool = False) -> float:
         batch, output = self.workload.batch, self.workload.output
@@ -200,13 +180,3 @@ def pricing(
 
 def _device(program: Program) -> torch.device:
     return next((tensor.device for _, tensor in program.weights()), torch.device("cpu"))
-
-
-def _interpolated(at: Tensor, known: list[int], values: list[float]) -> Tensor:
-    """The piecewise linear function through (known, values); its end pieces go on, and never below 0."""
-    x, y = torch.tensor(known, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
-    if len(x) == 1:
-        return y.expand(at.shape).clone()
-    left = (torch.searchsorted(x, at, right=True) - 1).clamp(0, len(x) - 2)
-    slope = (y[left + 1] - y[left]) / (x[left + 1] - x[left])
-    return (y[left] + slope * (at - x[left])).clamp(min=0)

@@ -137,7 +137,8 @@ def _subject(
 
 def _windows(name: str, loaded: "Loaded", text: Sequence[str], windows: int, length: int) -> "Tensor | None":
     from skink.cli.models import tokenizer_of
-    from skink.compression.texts import TextOptions, calibration_and_held_out
+    from skink.compression.text_options import TextOptions
+    from skink.compression.texts import calibration_and_held_out
 
     options = TextOptions(calibration_windows=windows, length=length)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)

@@ -9,7 +9,33 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from skink.cli.arguments import WORK, AsJson, Device, Dtype, Model, Overwrite, check_place, parse_overrides
+from skink.cli.arguments import (
+    MEASURED,
+    WORK,
+    AsJson,
+    Batch,
+    Calibration,
+    CalibrationWindows,
+    Device,
+    Dtype,
+    HeldOut,
+    HeldOutWindows,
+    Length,
+    Model,
+    NewTokens,
+    Overwrite,
+    PromptTokens,
+    Rounds,
+    Seed,
+    Training,
+    TrainingDtype,
+    TrainingField,
+    TrainingLength,
+    TrainingPacking,
+    check_place,
+    parse_overrides,
+    training_text_options,
+)
 from skink.cli.console import Session, session_of
 from skink.cli.export import refuse_existing
 from skink.errors import SkinkError
@@ -19,27 +45,7 @@ if TYPE_CHECKING:
     from skink.compression import CompressOptions
     from skink.passes.recipe import Recipe
 
-_TEXT, _MEASURE = "Text", "What is measured"
 _SAMPLE_TOKENS = 48
-
-Files = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibration",
-        metavar="FILES...",
-        help="Text to calibrate on: files, folders, or the word stdlib (Python source; the default for stdlib-llama).",
-        rich_help_panel=_TEXT,
-    ),
-]
-HeldOut = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--held-out",
-        metavar="FILES...",
-        help="Text to judge on. By default a tenth of the calibration text, which calibration does not see.",
-        rich_help_panel=_TEXT,
-    ),
-]
 
 
 def compress(
@@ -66,35 +72,16 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, model, text and folder, say what would be done, and stop.")
     ] = False,
-    calibration: Files = None,
+    calibration: Calibration = None,
     held_out: HeldOut = None,
-    training: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--training",
-            metavar="FILES...",
-            help="Text for passes that train: files (text, JSONL, tokens as .npy), folders, or the word stdlib. By "
-            "default the text to calibrate on.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    calibration_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of calibration text.", metavar="N", rich_help_panel=_TEXT)
-    ] = 128,
-    held_out_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of held-out text.", metavar="N", rich_help_panel=_TEXT)
-    ] = 64,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.", metavar="N", rich_help_panel=_TEXT)] = 512,
-    training_length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens in a window to train on; by default as many as in others.",
-            metavar="N",
-            rich_help_panel=_TEXT,
-            show_default=False,
-        ),
-    ] = None,
+    training: Training = None,
+    calibration_windows: CalibrationWindows = 128,
+    held_out_windows: HeldOutWindows = 64,
+    length: Length = 512,
+    training_length: TrainingLength = None,
+    training_packing: TrainingPacking = None,
+    training_field: TrainingField = None,
+    training_dtype: TrainingDtype = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +105,7 @@ def compress(
         typer.Option(
             "--evaluate/--no-evaluate",
             help="Measure perplexity and speed before and after; of an encoder, its embeddings or scores.",
-            rich_help_panel=_MEASURE,
+            rich_help_panel=MEASURED,
         ),
     ] = True,
     measure_layers: Annotated[
@@ -126,22 +113,16 @@ def compress(
         typer.Option(
             "--measure-layers",
             help="Also measure what each factored layer alone adds to the loss. Takes one perplexity for each layer.",
-            rich_help_panel=_MEASURE,
+            rich_help_panel=MEASURED,
         ),
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.", metavar="N", rich_help_panel=_MEASURE)] = 1,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of each prompt.", metavar="N", rich_help_panel=_MEASURE)
-    ] = 128,
-    new_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens generated after it.", metavar="N", rich_help_panel=_MEASURE)
-    ] = 64,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="How often each model is timed, in turn.", metavar="N", rich_help_panel=_MEASURE)
-    ] = 7,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 64,
+    rounds: Rounds = 7,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of everything random.", metavar="N", rich_help_panel=WORK)] = 0,
+    seed: Seed = 0,
     verify: Annotated[
         int | None,
         typer.Option(
@@ -159,9 +140,17 @@ def compress(
     """Make a smaller model: run a recipe on MODEL, measure both, and write a folder with the result and a report."""
     session = session_of(context)
     from skink.passes.recipe import load_recipe
+    from skink.passes.recover.asked import check_asked
 
     # A recipe with a mistake is refused before transformers is imported.
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    check_asked(
+        loaded.everything,
+        text=bool(training),
+        cut=any(said is not None for said in (training_length, training_packing, training_field, training_dtype)),
+        checkpoints=checkpoints is not None,
+        teacher=teacher is not None,
+    )
     if settings().main_process:
         refuse_existing(out, overwrite)
     check_place(dtype, device)
@@ -184,7 +173,7 @@ def compress(
             seed=seed,
             verify=verify,
             training=training or None,
-            training_length=training_length,
+            training_texts=training_text_options(training_length, training_packing, training_field, training_dtype),
             teacher=teacher,
             checkpoints=checkpoints,
         )

@@ -7,13 +7,34 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from skink.cli.arguments import WORK, AsJson, Device, Dtype, Model, check_place
+from skink.cli.arguments import (
+    MEASURED,
+    AsJson,
+    Batch,
+    Calibration,
+    CalibrationWindows,
+    Device,
+    Dtype,
+    HeldOut,
+    HeldOutWindows,
+    Length,
+    Model,
+    NewTokens,
+    PromptTokens,
+    Rounds,
+    Seed,
+    Training,
+    TrainingDtype,
+    TrainingField,
+    TrainingLength,
+    TrainingPacking,
+    check_place,
+    training_text_options,
+)
 from skink.cli.console import Session, session_of
 
 if TYPE_CHECKING:
     from skink.exploration import Exploration
-
-_MEASURED = "What is measured"
 
 
 def explore(
@@ -37,30 +58,22 @@ def explore(
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run points again that failed before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points, and run none.")] = False,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to calibrate on: files, folders, or the word stdlib, Python's standard library (the default for "
-            "stdlib-llama).",
-            metavar="FILES...",
-        ),
-    ] = None,
-    held_out: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to judge on; a part of the calibration text by default.", metavar="FILES..."),
-    ] = None,
-    training: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text for recipes that train; by default the text to calibrate on, all of it.", metavar="FILES..."
-        ),
-    ] = None,
+    calibration: Calibration = None,
+    held_out: HeldOut = None,
+    training: Training = None,
+    calibration_windows: CalibrationWindows = 128,
+    held_out_windows: HeldOutWindows = 64,
+    length: Length = 512,
+    training_length: TrainingLength = None,
+    training_packing: TrainingPacking = None,
+    training_field: TrainingField = None,
+    training_dtype: TrainingDtype = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(
             help="perplexity, questions, tasks; or embedding, for encoders. Perplexity and questions by default.",
             metavar="NAME...",
-            rich_help_panel=_MEASURED,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     tasks: Annotated[
@@ -68,40 +81,25 @@ def explore(
         typer.Option(
             help="Tasks of lm-eval, where it is installed: names or YAML files.",
             metavar="TASK...",
-            rich_help_panel=_MEASURED,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     task_limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Documents of each task.", metavar="N", rich_help_panel=_MEASURED),
+        typer.Option(min=1, help="Documents of each task.", metavar="N", rich_help_panel=MEASURED),
     ] = None,
     questions: Annotated[
-        int, typer.Option(min=1, help="Questions of each kind.", metavar="N", rich_help_panel=_MEASURED)
+        int, typer.Option(min=1, help="Questions of each kind.", metavar="N", rich_help_panel=MEASURED)
     ] = 100,
     latency: Annotated[
         bool,
-        typer.Option("--latency/--no-latency", help="Time generation, one point at a time.", rich_help_panel=_MEASURED),
+        typer.Option("--latency/--no-latency", help="Time generation, one point at a time.", rich_help_panel=MEASURED),
     ] = True,
-    calibration_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of calibration text.", metavar="N", rich_help_panel=WORK)
-    ] = 128,
-    held_out_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of held-out text.", metavar="N", rich_help_panel=WORK)
-    ] = 64,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.", metavar="N", rich_help_panel=WORK)] = 512,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Sequences at once, for latency.", metavar="N", rich_help_panel=WORK)
-    ] = 1,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of each prompt, for latency.", metavar="N", rich_help_panel=WORK)
-    ] = 32,
-    new_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens generated after it.", metavar="N", rich_help_panel=WORK)
-    ] = 32,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="How often each point is timed.", metavar="N", rich_help_panel=WORK)
-    ] = 5,
-    seed: Annotated[int, typer.Option(help="For anything random.", metavar="N", rich_help_panel=WORK)] = 0,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 32,
+    new_tokens: NewTokens = 32,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -131,6 +129,7 @@ def explore(
             calibration=calibration or None,
             held_out=held_out or None,
             training=training or None,
+            training_texts=training_text_options(training_length, training_packing, training_field, training_dtype),
             texts=TextOptions(calibration_windows, held_out_windows, length),
             quality=kinds,
             questions=questions,

@@ -11,6 +11,7 @@ from skink.cli.models import captured_program
 
 if TYPE_CHECKING:
     from skink.compression import CompressOptions
+    from skink.graph.program import Program
     from skink.passes.recipe import Recipe
 
 
@@ -31,6 +32,8 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
     texts = _texts(name, recipe, options)
     program = captured_program(name, meta=True)
     cost = program_cost(program)
+    if any(entry.training_tokens(2) for entry in recipe.everything):
+        _check_start(program, recipe, options)
     stages = [{"pass": str(entry), "exactness": entry.exactness} for entry in pipeline.passes]
     content: dict[str, Any] = {
         "dry_run": True,
@@ -69,6 +72,20 @@ def plan(session: Session, name: str, recipe: "Recipe", out: Path, options: "Com
     session.show(table, Text("Dry run: nothing was written.", style="dim"))
 
 
+def _check_start(program: "Program", recipe: "Recipe", options: "CompressOptions") -> None:
+    """Refuse a loss that the model has not, and a teacher that does not fit it."""
+    from skink.graph.pipeline import Pipeline
+    from skink.passes.canonicalize import Canonicalize
+
+    models = [program.clone()]
+    if options.teacher is not None:
+        models.append(captured_program(options.teacher, meta=True).clone())
+    for model in models:
+        Pipeline((Canonicalize(),)).run(model, seed=options.seed, verify=0)
+    for entry in recipe.everything:
+        entry.check_start(models[0], models[-1])
+
+
 def _training(name: str, recipe: "Recipe", options: "CompressOptions") -> list[dict[str, Any]]:
     """What each pass that trains reads."""
     from skink.compression.chosen_texts import training_text
@@ -76,7 +93,7 @@ def _training(name: str, recipe: "Recipe", options: "CompressOptions") -> list[d
 
     text = training_text(options.training, options.calibration, ships=name == STDLIB_LLAMA)
     named = text if isinstance(text, str) else ", ".join(map(str, text or ()))
-    length = options.training_length or options.texts.length
+    length = options.training_texts.length or options.texts.length
     reads = [(str(entry), entry.training_tokens(length)) for entry in recipe.passes]
     return [{"pass": entry, "tokens": tokens, "text": named} for entry, tokens in reads if tokens]
 

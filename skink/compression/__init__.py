@@ -3,13 +3,14 @@
 from skink.compression.compress import Compression, compress, compress_program
 from skink.compression.folder import CompressOptions, compress_to_folder
 from skink.compression.measure import SpeedOptions
-from skink.compression.texts import TextOptions
+from skink.compression.text_options import TextOptions, TrainingTextOptions
 
 __all__ = [
     "CompressOptions",
     "Compression",
     "SpeedOptions",
     "TextOptions",
+    "TrainingTextOptions",
     "compress",
     "compress_program",
     "compress_to_folder",

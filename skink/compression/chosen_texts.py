@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skink.compression.text_options import TextOptions, TrainingTextOptions
 from skink.compression.texts import (
     STANDARD_LIBRARY,
     HeldOutTexts,
     TextLike,
-    TextOptions,
     calibration_and_held_out,
     encoder_texts,
+    is_standard_library,
 )
+from skink.compression.training_texts import training_windows
 from skink.errors import RecoveryError
 from skink.evaluation import Documents
 from skink.graph.windows import Windows
@@ -24,6 +26,7 @@ from skink.graph.windows import Windows
 # Of text to train on that is all there is, one window in so many is kept back to judge on.
 _HELD_OUT_EVERY = 10
 _ALL = 10**9
+_AS_USUAL = TrainingTextOptions()
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def choose_texts(
     training: Any,
     options: TextOptions,
     tokens: int,
-    training_length: int | None = None,
+    training_texts: TrainingTextOptions = _AS_USUAL,
     longest: int | None,
     encoder: bool,
 ) -> ChosenTexts:
@@ -107,40 +110,31 @@ def choose_texts(
         training: text to train on: whatever `training_windows` takes.
         options: how text is cut.
         tokens: how much is trained on; 0 for nothing.
-        training_length: tokens in a window to train on; by default as long as the others.
+        training_texts: how that is read and cut.
         longest: tokens that the model takes.
         encoder: whether the model reads each text by itself.
 
     Raises:
         CalibrationError: CALIBRATION-001, -002.
         RecoveryError: RECOVER-008 where nothing can be trained on.
+        OptionError: OPTION-002 where `training_texts` says what cannot be done with this text.
     """
     wanted = training if tokens else None
     check_apart(wanted, held_out)
-    if isinstance(held_out, Windows | Tensor):
-        given = Windows(held_out, "tokens") if isinstance(held_out, Tensor) else held_out
-        return replace(
-            choose_texts(
-                tokenizer,
-                calibration=calibration,
-                held_out=None,
-                training=training,
-                options=options,
-                tokens=tokens,
-                training_length=training_length,
-                longest=longest,
-                encoder=encoder,
-            ),
-            held_out=given,
-        )
+    given = Windows(held_out, "tokens") if isinstance(held_out, Tensor) else held_out
+    # Text that is not windows yet.
+    other = None if isinstance(given, Windows) else given
     if encoder:
-        return _for_an_encoder(tokenizer, calibration, held_out, wanted, options, tokens, longest)
-    found, judged = calibration_and_held_out(tokenizer, calibration, held_out, options, longest=longest)
+        chosen = _for_an_encoder(tokenizer, calibration, other, wanted, options, training_texts, tokens, longest)
+        return replace(chosen, held_out=given) if isinstance(given, Windows) else chosen
+    found, judged = calibration_and_held_out(tokenizer, calibration, other, options, longest=longest)
+    judged = given if isinstance(given, Windows) else judged
     if wanted is None:
         return ChosenTexts(found, judged)
-    length = training_length or options.length
+    length = training_texts.length or options.length
     length = min(length, longest) if longest else length
     if held_out is None and calibration is not None and _same(wanted, calibration) and not _ships(calibration):
+        training_texts.refuse("packing", "field", "dtype", why="it is calibrated on too, and read for that")
         # All that was not held back, end to end, in windows of the length to train on.
         kept, _ = calibration_and_held_out(
             tokenizer, calibration, None, replace(options, calibration_windows=_ALL), longest=longest
@@ -149,16 +143,19 @@ def choose_texts(
             return ChosenTexts(found, judged, _cut_again(kept, length))
     if judged is None and _ships(wanted):
         _, judged = calibration_and_held_out(tokenizer, None, wanted, options, longest=longest)
-    from skink.compression.training_texts import training_windows
-
-    if judged is not None:
-        return ChosenTexts(
-            found, judged, training_windows(tokenizer, wanted, length=length, tokens=tokens, longest=longest)
-        )
-    everything = training_windows(
-        tokenizer, wanted, length=length, tokens=tokens * _HELD_OUT_EVERY // (_HELD_OUT_EVERY - 1), longest=longest
+    read = training_windows(
+        tokenizer,
+        wanted,
+        length=length,
+        tokens=tokens if judged is not None else tokens * _HELD_OUT_EVERY // (_HELD_OUT_EVERY - 1),
+        longest=longest,
+        packing=training_texts.packing,
+        field=training_texts.field,
+        dtype=training_texts.dtype,
     )
-    return ChosenTexts(found, *_held_back(everything, options.held_out_windows))
+    if judged is not None:
+        return ChosenTexts(found, judged, read)
+    return ChosenTexts(found, *_held_back(read, options.held_out_windows))
 
 
 def _for_an_encoder(
@@ -167,11 +164,15 @@ def _for_an_encoder(
     held_out: TextLike | None,
     training: Any,
     options: TextOptions,
+    training_texts: TrainingTextOptions,
     tokens: int,
     longest: int | None,
 ) -> ChosenTexts:
     found, judged = encoder_texts(tokenizer, calibration, held_out, options, longest=longest)
-    if training is None or isinstance(training, Windows):
+    if training is None:
+        return ChosenTexts(found, judged)
+    training_texts.refuse("packing", "field", "dtype", why="an encoder reads each passage by itself")
+    if isinstance(training, Windows):
         return ChosenTexts(found, judged, training)
     if not _is_text(training):
         raise RecoveryError(
@@ -180,8 +181,9 @@ def _for_an_encoder(
             why="it reads each passage by itself, with the marks that its tokenizer puts around it.",
             fix="give files, folders, the word stdlib, or windows with padding as skink.graph.windows.Windows.",
         )
+    length = training_texts.length or options.length
     # One passage in ten is kept back of the same text in the same way.
-    many = replace(options, calibration_windows=max(1, tokens // options.length))
+    many = replace(options, calibration_windows=max(1, tokens // length), length=length)
     kept, others = encoder_texts(tokenizer, training, held_out, many, longest=longest)
     return ChosenTexts(found, judged if calibration is not None or held_out is not None else others, kept)
 
@@ -197,8 +199,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _ships(text: Any) -> bool:
-    """Whether text is the standard library, which has a part of its own to judge on."""
-    return _is_text(text) and _listed(text) == [STANDARD_LIBRARY]
+    return _is_text(text) and is_standard_library(text)
 
 
 def _listed(text: Any) -> list[Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from skink.errors import CalibrationError, OptionError
+from skink.compression.text_options import TextOptions, TrainingTextOptions
+from skink.errors import CalibrationError
 from skink.graph.capture import capture
 from skink.graph.passes import Pass
 from skink.graph.pipeline import Pipeline, PipelineResult, check_training_text
@@ -15,7 +16,8 @@ from skink.graph.program import Program, Stage
 from skink.graph.propagate import propagate
 from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
-from skink.passes.recipe import Recipe, load_recipe, parse_passes
+from skink.passes.recipe import Recipe, load_recipe
+from skink.passes.recover.asked import check_asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +26,12 @@ Progress = Callable[[str, int, int], None]
 RecipeLike = str | Path | Sequence[Pass | str] | Recipe
 
 
-def _silent(name: str, done: int, total: int) -> None:
-    pass
+def silent(name: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
-def _mute(said: str) -> None:
-    pass
+def mute(said: str) -> None:
+    """A status that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ def compress_program(
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     verify: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     training: Windows | None = None,
     held_out: Windows | None = None,
     teacher: "PreTrainedModel | Program | None" = None,
     checkpoints: Path | None = None,
-    status: Callable[[str], None] = _mute,
+    status: Callable[[str], None] = mute,
 ) -> Compression:
     """Capture a model and run a recipe on it. The model is left as it was.
 
@@ -104,6 +106,9 @@ def compress_program(
     original = dense
     if teacher is not None and any(entry.needs_original for entry in loaded.passes):
         original = teacher if isinstance(teacher, Program) else canonical_program(teacher, seed=seed)
+    if program.stage >= Stage.CANONICAL:
+        for entry in loaded.everything:
+            entry.check_start(program, original)
     result = rest.run(
         program,
         calibration=calibration,
@@ -118,25 +123,6 @@ def compress_program(
         status=status,
     )
     return Compression(program, dense, loaded, PipelineResult(canonical.passes + result.passes))
-
-
-def all_passes(recipe: Recipe) -> list[Pass]:
-    """The passes of a recipe and of what it is compared with."""
-    return [*recipe.passes, *(entry for text in recipe.compare for entry in parse_passes(text))]
-
-
-def check_teacher(recipe: Recipe) -> None:
-    """Refuse a teacher that nobody learns from.
-
-    Raises:
-        OptionError: OPTION-002.
-    """
-    if not any(entry.needs_original for entry in all_passes(recipe)):
-        raise OptionError(
-            "OPTION-002",
-            "a teacher was named, and no pass of the recipe learns from one.",
-            fix="add recover{kl=1} or another loss against a teacher, or leave --teacher out.",
-        )
 
 
 def canonical_program(model: "PreTrainedModel", *, seed: int = 0) -> Program:
@@ -170,13 +156,13 @@ def compress(
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     verify: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     training: Any = None,
-    training_length: int | None = None,
+    training_texts: TrainingTextOptions | None = None,
     held_out: Any = None,
     teacher: "PreTrainedModel | str | Path | None" = None,
     checkpoints: str | Path | None = None,
-    status: Callable[[str], None] = _mute,
+    status: Callable[[str], None] = mute,
 ) -> Any:
     """A smaller model that runs, trains, saves and loads like any Hugging Face model.
 
@@ -193,7 +179,7 @@ def compress(
         progress: called as (what, done, total).
         training: text to train on, for passes that do: whatever `training_windows` takes (files, folders, `"stdlib"`,
             `datasets` objects, iterables of strings, tokens). By default the calibration text where that is text.
-        training_length: tokens in a window to train on; by default 512.
+        training_texts: how it is read and cut; by default in windows of 512 tokens.
         held_out: text to judge on while training; a part of the other text, kept back from it, by default.
         teacher: a model, hub id or folder to learn from; by default `model` itself.
         checkpoints: folder where such passes keep their work: the same call again goes on from there.
@@ -207,18 +193,24 @@ def compress(
         SkinkError: see docs/errors.md.
     """
     from skink.compression.chosen_texts import choose_texts, training_text
-    from skink.compression.texts import TextOptions, longest_text
+    from skink.compression.texts import longest_text
     from skink.export.huggingface import load_source, to_huggingface
     from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder
     from skink.export.huggingface.sentences import sentence_settings
 
     loaded = load_recipe(recipe, overrides)
-    options = TextOptions()
-    tokens = max((entry.training_tokens(training_length or options.length) for entry in loaded.passes), default=0)
+    options, training_texts = TextOptions(), training_texts or TrainingTextOptions()
+    check_asked(
+        loaded.passes,
+        text=training is not None,
+        cut=training_texts.said,
+        checkpoints=checkpoints is not None,
+        teacher=teacher is not None,
+    )
+    length = training_texts.length or options.length
+    tokens = max((entry.training_tokens(length) for entry in loaded.passes), default=0)
     training = training_text(training, calibration, ships=model == STDLIB_LLAMA)
     check_training_text(loaded.passes, given=training is not None)
-    if teacher is not None:
-        check_teacher(loaded)
     settings = None
     if isinstance(model, str | Path):
         name, encoder = model, holds_encoder(model)
@@ -233,7 +225,7 @@ def compress(
         training=training,
         options=options,
         tokens=tokens,
-        training_length=training_length,
+        training_texts=training_texts,
         longest=longest_text(model, tokenizer, settings.longest if settings else None),
         encoder=encoder,
     )

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from skink.compression.compress import Compression, Progress, RecipeLike, all_passes, compress_program
+from skink.compression.compress import Compression, Progress, RecipeLike, compress_program, mute, silent
 from skink.compression.forms import Job, alternatives, compare, measure_decoder, measure_encoder, measure_layers
 from skink.compression.measure import RESULT, Measured, SpeedOptions, build_report, speed_notes
 from skink.compression.preparation import Prepared, check_texts, prepare
-from skink.compression.texts import HeldOutTexts, TextLike, TextOptions
-from skink.compression.together import wait_for_all
-from skink.errors import check_range
+from skink.compression.text_options import TextOptions, TrainingTextOptions
+from skink.compression.texts import HeldOutTexts, TextLike
 from skink.evaluation import GenerationTarget
 from skink.export.folder import output_folder
 from skink.export.huggingface import save
@@ -23,6 +22,7 @@ from skink.graph.pipeline import Pipeline
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import Recipe, load_recipe
 from skink.settings import settings
+from skink.training.loop.processes import wait_for_all
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CompressOptions:
         verify: 0 to 3, see `SKINK_VERIFY`, which is the default.
         training: text to train on, for passes that do: whatever `training_windows` takes. By default the standard
             library for the model that ships, and for others the text to calibrate on.
-        training_length: tokens in a window to train on; by default as in other text.
+        training_texts: how text to train on is read and cut.
         teacher: a hub id or folder of a model to learn from; by default the one that is compressed.
         checkpoints: folder where such passes keep their work: the same once more goes on from there.
     """
@@ -65,21 +65,9 @@ class CompressOptions:
     seed: int = 0
     verify: int | None = None
     training: Any = None
-    training_length: int | None = None
+    training_texts: TrainingTextOptions = field(default_factory=TrainingTextOptions)
     teacher: str | None = None
     checkpoints: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.training_length is not None:
-            check_range("training_length", self.training_length, low=2, high=1e9)
-
-
-def _silent(name: str, done: int, total: int) -> None:
-    pass
-
-
-def _mute(said: str) -> None:
-    pass
 
 
 def compress_to_folder(
@@ -88,8 +76,8 @@ def compress_to_folder(
     out: Path,
     options: CompressOptions | None = None,
     *,
-    progress: Progress = _silent,
-    status: Callable[[str], None] = _mute,
+    progress: Progress = silent,
+    status: Callable[[str], None] = mute,
 ) -> Report:
     """Compress a checkpoint into a folder that transformers and `skink.load` read; returns the report it holds.
 
@@ -164,13 +152,13 @@ def compress_to_folder(
 
 def _follow(name: str, recipe: Recipe, out: Path, options: CompressOptions) -> Report:
     """What a process does that is not the first: it trains whenever the first does, and writes nothing."""
-    if any(entry.training_tokens(options.texts.length) for entry in all_passes(recipe)):
-        found = prepare(name, recipe, options, _silent)
-        done = _run(found, recipe, options, _silent, _mute)
+    if any(entry.training_tokens(options.texts.length) for entry in recipe.everything):
+        found = prepare(name, recipe, options, silent)
+        done = _run(found, recipe, options, silent, mute)
         held_out = found.texts.held_out
         judged = isinstance(held_out, HeldOutTexts) if found.encoder else held_out is not None
         if options.evaluate and judged:
-            for _ in alternatives(_job(found, done, out, options, _silent, _mute)):
+            for _ in alternatives(_job(found, done, out, options, silent, mute)):
                 pass
     wait_for_all(options.device)
     return read_report(out)

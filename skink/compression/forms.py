@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skink.compression.compress import Compression, Progress, compress_program
+from skink.compression.compress import Compression, Progress, compress_program, mute
 from skink.compression.layer_losses import layer_losses
 from skink.compression.measure import DENSE, RESULT, RUNTIME, SOURCE, Measured, score
 from skink.compression.quality import encoder_quality
 from skink.compression.texts import HeldOutTexts
-from skink.compression.together import wait_for_all
 from skink.evaluation import GenerationTarget, HuggingFaceTarget, Speed, Spread, measure_generation
 from skink.evaluation.linear_speed import measure_linear
 from skink.export.huggingface import load, to_huggingface
@@ -22,13 +21,10 @@ from skink.graph.program import Program
 from skink.graph.windows import Windows
 from skink.passes.recipe import parse_passes
 from skink.settings import settings
+from skink.training.loop.processes import wait_for_all
 
 if TYPE_CHECKING:
     from skink.compression.folder import CompressOptions
-
-
-def _mute(said: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Job:
     training: Windows | None = None
     judged: Windows | None = None
     teacher: Program | None = None
-    status: Callable[[str], None] = _mute
+    status: Callable[[str], None] = mute
 
 
 def _sizes(job: Job) -> dict[str, Measured]:

@@ -12,7 +12,7 @@ from skink.evaluation import Speed as MeasuredSpeed
 from skink.evaluation import Spread, machine
 from skink.evaluation import perplexity as measure_perplexity
 from skink.export import report as rep
-from skink.export.report.model import Setting
+from skink.export.report.measures import Setting
 from skink.graph.cost import ProgramCost
 from skink.graph.passes import LayerRecord
 from skink.graph.run import PassRecord

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skink.compression.chosen_texts import ChosenTexts, check_apart, choose_texts, training_text
-from skink.compression.compress import Progress, all_passes, canonical_program, check_teacher
+from skink.compression.compress import Progress, canonical_program
 from skink.compression.texts import STANDARD_LIBRARY, longest_text
+from skink.compression.training_texts import check_readable
 from skink.errors import OutputError
 from skink.export.huggingface import load_source
 from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder, stored_dtype
@@ -17,6 +18,7 @@ from skink.export.huggingface.sentences import SentenceSettings, sentence_settin
 from skink.graph.pipeline import check_training_text
 from skink.graph.program import Program
 from skink.passes.recipe import Recipe
+from skink.passes.recover.asked import check_asked
 from skink.settings import settings
 
 if TYPE_CHECKING:
@@ -48,21 +50,29 @@ class Prepared:
 
 def check_texts(name: str, recipe: Recipe, options: "CompressOptions") -> None:
     """Refuse what can be seen to be wrong before anything is loaded: a recipe that trains where there is no text for
-    it, or the text that it is judged by; a teacher that nobody learns from; checkpoints that have no folder.
+    it, or the text that it is judged by, or files that are not there; what is said of training where nothing trains; a
+    teacher that nobody learns from; checkpoints that have no folder.
 
     Raises:
-        RecoveryError: RECOVER-002, -005.
+        RecoveryError: RECOVER-002, -005, -008, -009.
+        InputError: INPUT-001.
         OptionError: OPTION-002.
         OutputError: OUTPUT-002.
     """
     text = training_text(options.training, options.calibration, ships=name == STDLIB_LLAMA)
-    passes = all_passes(recipe)
+    passes = recipe.everything
+    check_asked(
+        passes,
+        text=options.training is not None,
+        cut=options.training_texts.said,
+        checkpoints=options.checkpoints is not None,
+        teacher=options.teacher is not None,
+    )
     check_training_text(passes, given=text is not None)
     if any(entry.training_tokens(2) for entry in passes):
         check_apart(text, options.held_out)
+        check_readable(text, options.training_texts)
         _check_checkpoints(options.checkpoints)
-    if options.teacher is not None:
-        check_teacher(recipe)
 
 
 def _check_checkpoints(folder: Path | None) -> None:
@@ -100,15 +110,15 @@ def prepare(name: str, recipe: Recipe, options: "CompressOptions", progress: Pro
     stored = stored_dtype(name)
     sentences = sentence_settings(name) if encoder else SentenceSettings()
     progress("load", 1, 1)
-    length = options.training_length or options.texts.length
+    length = options.training_texts.length or options.texts.length
     texts = choose_texts(
         tokenizer,
         calibration=calibration,
         held_out=options.held_out,
         training=training_text(options.training, options.calibration, ships=ships),
         options=options.texts,
-        tokens=max((entry.training_tokens(length) for entry in all_passes(recipe)), default=0),
-        training_length=options.training_length,
+        tokens=max((entry.training_tokens(length) for entry in recipe.everything), default=0),
+        training_texts=options.training_texts,
         longest=longest_text(source, tokenizer, sentences.longest),
         encoder=encoder,
     )

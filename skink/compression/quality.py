@@ -6,7 +6,7 @@ from typing import Any
 from skink.compression.texts import HeldOutTexts
 from skink.evaluation.embeddings import Pooling, agreement, closeness, embed, order, retrieval
 from skink.export.report import Quality
-from skink.export.report.model import Setting
+from skink.export.report.measures import Setting
 
 
 def encoder_quality(

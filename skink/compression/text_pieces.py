@@ -23,10 +23,15 @@ Integers = npt.NDArray[np.int64]
 
 TEXT, TOKENS = "text", "input_ids"
 
+LINES = ".jsonl"  # the suffix of files with a document a line
+
 _BLOCK = 1 << 16  # bytes of a file, or characters of a document, in one piece
 _LONGEST_LINE = 1 << 26  # bytes of one line of a .jsonl file
 _PACKED = (".parquet", ".arrow", ".gz", ".zst", ".zip", ".xz", ".bz2")
-_FIX = f'give text, or rows with a field "{TEXT}" (a string) or "{TOKENS}" (token ids); another field by its name.'
+_FIX = (
+    f'give text, or rows with a field "{TEXT}" (a string) or "{TOKENS}" (token ids); another field by its name '
+    "(--training-field)."
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class FileShelf:
 
     def __init__(self, path: Path, *, field: str | None = None, only_text: bool = False) -> None:
         self.path, self.field, self.only_text = path, field, only_text
-        self.lines = path.suffix == ".jsonl"
+        self.lines = path.suffix == LINES
         if path.suffix in _PACKED and not only_text:
             raise RecoveryError(
                 "RECOVER-008",

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skink.errors import CalibrationError, check_range
+from skink.compression.text_options import TextOptions
+from skink.errors import CalibrationError
 from skink.evaluation import Documents, Tokenizer, standard_library, text_files, token_windows
 from skink.evaluation.corpus import cut_windows, token_stream
 from skink.evaluation.embeddings import Texts
@@ -23,26 +24,6 @@ _HELD_OUT_EVERY = 10
 
 # An encoder's windows are as wide as the longest text: with many texts, no less than this.
 _LEAST_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How text is cut.
-
-    Args:
-        calibration_windows: windows of calibration text, >= 1.
-        held_out_windows: windows of held-out text, >= 1.
-        length: tokens in a window, >= 2; shortened to what the model's positions allow.
-    """
-
-    calibration_windows: int = 128
-    held_out_windows: int = 64
-    length: int = 512
-
-    def __post_init__(self) -> None:
-        check_range("calibration_windows", self.calibration_windows, low=1, high=1e9)
-        check_range("held_out_windows", self.held_out_windows, low=1, high=1e9)
-        check_range("length", self.length, low=2, high=1e9)
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ def read_documents(text: TextLike, *, split: str = "calibration") -> Documents:
     """
     if isinstance(text, Documents):
         return text
-    if _is_standard_library(text):
+    if is_standard_library(text):
         return standard_library("held-out" if split == "held-out" else "calibration")
     paths = [text] if isinstance(text, str | Path) else list(text)
     return text_files([Path(path) for path in paths])
@@ -105,7 +86,7 @@ def calibration_and_held_out(
     if calibration is None:
         return None, _held_out(tokenizer, held_out, options, length) if held_out is not None else None
     documents = read_documents(calibration)
-    if held_out is None and _is_standard_library(calibration):
+    if held_out is None and is_standard_library(calibration):
         held_out = STANDARD_LIBRARY
     if held_out is not None:
         tokens = token_windows(documents, tokenizer, length=length, count=options.calibration_windows, over="sample")
@@ -172,7 +153,7 @@ def encoder_texts(
         documents = read_documents(held_out or (), split="held-out")
         return None, _to_judge(tokenizer, text_units(documents), documents.name, judged_room, length)
     documents = read_documents(calibration)
-    if held_out is None and _is_standard_library(calibration):
+    if held_out is None and is_standard_library(calibration):
         held_out = STANDARD_LIBRARY
     name = documents.name
     if held_out is not None:
@@ -274,7 +255,8 @@ def _held_out(tokenizer: Tokenizer, text: TextLike, options: TextOptions, length
     return Windows(tokens, documents.name, documents.sha256)
 
 
-def _is_standard_library(text: TextLike) -> bool:
+def is_standard_library(text: TextLike) -> bool:
+    """Whether text is named by the word for the standard library, which has a part of its own to judge on."""
     if isinstance(text, Documents | Path):
         return False
     return text == STANDARD_LIBRARY if isinstance(text, str) else list(text) == [STANDARD_LIBRARY]

@@ -16,7 +16,8 @@ from torch import Tensor
 from skink.errors import InputError, RecoveryError
 from skink.graph.windows import Windows
 
-SUFFIXES = (".npy", ".bin")
+BINARY = ".bin"
+SUFFIXES = (".npy", BINARY)
 
 # What tokens of a file without a header can be.
 DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -123,8 +124,8 @@ def too_little(name: str, tokens: int, length: int) -> RecoveryError:
     """RECOVER-008 for text that does not fill one window."""
     return unusable(
         f"too little training text: {name} gives {tokens} tokens, and one window needs {length}.",
-        "give more text, or cut shorter windows (--training-length); in Python, short texts of which each is a whole "
-        "go with packing=document.",
+        "give more text, or cut shorter windows (--training-length); short texts of which each is a whole go with "
+        "--training-packing document.",
     )
 
 
@@ -169,7 +170,7 @@ def _named_dtype(path: Path, dtype: str | None) -> str:
         said = "nothing says" if dtype is None else f"{dtype!r} is none that is read; nothing else says"
         raise unusable(
             f"{path.name!r} is a file of integers without a header, and {said} of which dtype.",
-            f"give dtype={' or '.join(DTYPES)}, or write it beside the file: "
+            f"name it by --training-dtype: {', '.join(DTYPES)}; or write it beside the file: "
             f'{sidecar.name} with {{"dtype": "uint16"}}.',
         )
     return dtype

@@ -8,14 +8,16 @@ part of the text is a fair sample of it. Equal arguments give equal windows.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from skink.compression.text_options import Packing, TrainingTextOptions
 from skink.compression.text_pieces import (
+    LINES,
     DatasetShelf,
     DocumentShelf,
     Integers,
@@ -25,13 +27,11 @@ from skink.compression.text_pieces import (
     rows,
     shuffled,
 )
-from skink.compression.texts import STANDARD_LIBRARY
-from skink.compression.token_arrays import SUFFIXES, array_windows, checked, read_tokens, too_little, unusable
-from skink.errors import CalibrationError, OptionError, check_range
+from skink.compression.texts import is_standard_library
+from skink.compression.token_arrays import BINARY, SUFFIXES, array_windows, checked, read_tokens, too_little, unusable
+from skink.errors import CalibrationError, check_range
 from skink.evaluation.corpus import Documents, standard_library
 from skink.graph.windows import Windows
-
-Packing = Literal["stream", "document"]
 
 # A path or the word `stdlib`, several of them, Documents, windows, tokens, a data set, or an iterable of texts or rows.
 TrainingText = str | Path | Sequence[str | Path] | Documents | Windows | Tensor | npt.NDArray[Any] | Iterable[Any]
@@ -87,23 +87,44 @@ def training_windows(
     check_range("length", length, low=2, high=2**31)
     if tokens is not None:
         check_range("tokens", tokens, low=1, high=2**63)
-    if packing not in ("stream", "document"):
-        raise OptionError("OPTION-002", f"packing={packing!r} is none that is known.", fix="choose stream or document.")
+    options = TrainingTextOptions(packing=packing, field=field, dtype=dtype)
     length = length if longest is None else min(length, longest)
     if vocabulary is None and hasattr(tokenizer, "__len__"):
         vocabulary = len(tokenizer)
-    windows = text if isinstance(text, Windows) else None
-    if windows is None and (arrays := _arrays(text, dtype)) is not None:
+    if isinstance(text, Windows):
+        options.refuse("packing", "field", "dtype", why="it is windows of tokens already")
+        windows = text
+    elif (arrays := _arrays(text, options)) is not None:
         windows = array_windows(*arrays, length=length, tokens=tokens, longest=longest, seed=seed)
-    if windows is None:
-        name, pieces = _pieces(text, field, seed)
+    else:
+        name, pieces = _pieces(text, options, seed)
         pack = _stream if packing == "stream" else _documents
         windows = pack(tokenizer, pieces, name, length, tokens)
     return checked(windows, longest=longest, vocabulary=vocabulary)
 
 
-def _arrays(text: Any, dtype: str | None) -> tuple[list[npt.NDArray[Any]], str] | None:
+def check_readable(text: Any, options: TrainingTextOptions) -> None:
+    """Refuse files that are not there or not to be read, before a model is loaded. Only their beginnings are read.
+
+    Raises: as `training_windows`.
+    """
+    if _paths(text) is None:
+        return
+    if is_standard_library(text):
+        options.refuse("field", "dtype", why="it is files of text")
+    elif _arrays(text, options) is None:
+        _pieces(text, options, seed=0)
+
+
+def _arrays(text: Any, options: TrainingTextOptions) -> tuple[list[npt.NDArray[Any]], str] | None:
     """Arrays of token ids and their name, where the text is tokens."""
+    paths = _paths(text)
+    packed = isinstance(text, Tensor | np.ndarray) or any(path.suffix in SUFFIXES for path in paths or ())
+    if not packed:
+        return None
+    options.refuse("packing", "field", why="it is token ids already")
+    if not any(path.suffix == BINARY for path in paths or ()):
+        options.refuse("dtype", why="only a .bin file is without a word of it")
     if isinstance(text, Tensor):
         if text.is_floating_point() or text.is_complex():
             raise unusable(
@@ -113,22 +134,23 @@ def _arrays(text: Any, dtype: str | None) -> tuple[list[npt.NDArray[Any]], str] 
         return [text.detach().cpu().numpy()], "tokens"
     if isinstance(text, np.ndarray):
         return [text], "tokens"
-    paths = _paths(text)
-    if not paths or not any(path.suffix in SUFFIXES for path in paths):
-        return None
-    if others := [path.name for path in paths if path.suffix not in SUFFIXES]:
+    if others := [path.name for path in paths or () if path.suffix not in SUFFIXES]:
         raise unusable(f"files of tokens and text together: {others[0]!r} is text.", "give one or the other.")
-    return [read_tokens(path, dtype) for path in paths], _joined(paths)
+    return [read_tokens(path, options.dtype) for path in paths or ()], _joined(paths or [])
 
 
-def _pieces(text: Any, field: str | None, seed: int) -> tuple[str, Iterator[Piece]]:
+def _pieces(text: Any, options: TrainingTextOptions, seed: int) -> tuple[str, Iterator[Piece]]:
     """The name of the text, and its pieces in their order."""
+    options.refuse("dtype", why="it is of token ids in a .bin file")
+    paths, field = _paths(text), options.field
+    if isinstance(text, Documents) or (paths and not any(path.suffix == LINES or path.is_dir() for path in paths)):
+        options.refuse("field", why="it has no rows")
     if isinstance(text, Documents):
         return text.name, shuffled([DocumentShelf(text)], seed)
-    if (paths := _paths(text)) is not None:
+    if paths is not None:
         if not paths:
             raise unusable("no training text given: the list is empty.", "give files, folders, or the word stdlib.")
-        if list(map(str, paths)) == [STANDARD_LIBRARY]:
+        if is_standard_library(text):
             library = standard_library("calibration")
             name = f"{library.name.removesuffix(', calibration')}, not held out"
             return name, shuffled([DocumentShelf(library)], seed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skink.errors import OptionError, check_range
-from skink.evaluation.calling import Model, accepted_arguments, call, device_of, eval_mode, logits_of, weights_dtype
+from skink.evaluation.calling import Model, accepted_arguments, device_of, eval_mode, read_whole, weights_dtype
 from skink.evaluation.questions import Questions
 
 
@@ -108,15 +108,7 @@ def answer(
             # The choice's last token is scored and never read.
             length = max(len(flat[index][0]) for index in chosen) - 1
             ids = torch.tensor([_filled(flat[index][0][:-1], length) for index in chosen], device=device)
-            output = call(
-                model,
-                accepted,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(length, device=device).repeat(len(ids), 1),
-                use_cache=False,
-            )
-            logits = logits_of(output)
+            logits = read_whole(model, accepted, ids)
             dtype = dtype or str(logits.dtype).removeprefix("torch.")
             for row, index in enumerate(chosen):
                 sums[index] = _log_likelihood(logits[row], *flat[index])

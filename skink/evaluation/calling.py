@@ -46,6 +46,22 @@ def call(model: Model, accepted: frozenset[str], **arguments: object) -> object:
     return model(**{name: value for name, value in arguments.items() if name in accepted})
 
 
+def read_whole(model: Model, accepted: frozenset[str], ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of texts int64[B, T] without padding, read at once; nothing is kept for later tokens.
+
+    Raises: CAPTURE-004, as `logits_of`.
+    """
+    output = call(
+        model,
+        accepted,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1),
+        use_cache=False,
+    )
+    return logits_of(output)
+
+
 def logits_of(output: object) -> Tensor:
     """The logits in a model's output, [B, T, V].
 

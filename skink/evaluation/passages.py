@@ -6,10 +6,10 @@ pair of a query and the passage that answers it. Nothing here draws a random num
 
 import ast
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from skink.evaluation.corpus import Documents
+from skink.evaluation.python_source import parsed
 
 # Words of the longest passage: about as many as fill a window of 128 tokens.
 _LONGEST = 64
@@ -95,13 +95,8 @@ def _units(text: str) -> Iterator[str]:
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old source
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
+    tree = parsed(source)
+    for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text and _is_prose(text):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from skink.errors import OptionError, check_range
-from skink.evaluation.calling import Model, accepted_arguments, call, device_of, eval_mode, logits_of, weights_dtype
+from skink.evaluation.calling import Model, accepted_arguments, device_of, eval_mode, read_whole, weights_dtype
 from skink.evaluation.corpus import Documents, Tokenizer, cut_windows, standard_library, token_stream, window_stride
 
 # Logits turned to float32 at once: 32 MiB, and as much again for their logarithms.
@@ -100,15 +100,7 @@ def perplexity(
     with torch.no_grad(), eval_mode(model):
         for start in range(0, count, batch):
             ids = windows[start : start + batch].to(device)
-            output = call(
-                model,
-                accepted,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(length, device=device).repeat(len(ids), 1),
-                use_cache=False,
-            )
-            logits = logits_of(output)
+            logits = read_whole(model, accepted, ids)
             total += _negative_log_likelihood(logits, ids)
             dtype = dtype or str(logits.dtype).removeprefix("torch.")
             done += len(ids)

@@ -22,6 +22,7 @@ from typing import Literal
 
 from skink.errors import CalibrationError, OptionError, check_range, suggest
 from skink.evaluation.corpus import Documents, Tokenizer
+from skink.evaluation.python_source import parsed
 
 Kind = Literal["next-line", "assigned-name"]
 KINDS: tuple[Kind, ...] = ("next-line", "assigned-name")
@@ -227,9 +228,8 @@ def _assignments(text: str) -> tuple[set[str], list[tuple[int, str]]]:
 
     Both are empty for what is not Python.
     """
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError):
+    tree = parsed(text)
+    if tree is None:
         return set(), []
     assigned, statements = set(), []
     lines = text.split("\n")

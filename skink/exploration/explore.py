@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from skink.errors import OptionError
+from skink.errors import OptionError, SkinkError
 from skink.evaluation import machine
 from skink.exploration.latency import measure_latency
 from skink.exploration.options import ExploreOptions
@@ -58,8 +58,8 @@ def explore(
         progress: called as (what, done, total).
 
     Raises:
-        SkinkError: SPACE-001 to -006, and what loading, capture and text raise; see docs/errors.md. What a single point
-            raises is recorded with it.
+        SkinkError: SPACE-001 to -006, and what loading, capture, text and the dense model's measurement raise; see
+            docs/errors.md. What a single point raises is recorded with it.
     """
     options = options or ExploreOptions()
     loaded = load_space(space)
@@ -72,9 +72,22 @@ def explore(
         work = _Work(bench, store, folder, options, progress, (DENSE, *points))
         work.run()
         found = work.result(loaded)
+        if found.dense.error is not None:
+            # All other numbers are beside its numbers. It is run again by the next call.
+            raise _failed(found.dense.error)
         if out is not None:
             found.write(folder)
     return found
+
+
+def _failed(error: Mapping[str, str]) -> SkinkError:
+    return SkinkError(
+        error["code"],
+        f"the dense model cannot be measured: {error['what']}",
+        where=error.get("where") or "",
+        why=error.get("why") or "",
+        fix=error.get("fix") or "",
+    )
 
 
 def _bench(model: Any, tokenizer: Any, options: ExploreOptions, progress: Progress) -> Workbench:
@@ -153,7 +166,7 @@ class _Work:
 
     def _is_open(self, index: int) -> bool:
         record = self._store.get("point", self._keys[index])
-        return record is None or ("error" in record and self._options.retry)
+        return record is None or ("error" in record and (self._options.retry or index == 0))
 
     def _measure(self, run: Runner, indices: Sequence[int]) -> None:
         """Make points and measure their size and quality."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from skink.compression import SpeedOptions, TextOptions
+from skink.compression import SpeedOptions, TextOptions, TrainingTextOptions
 from skink.compression.texts import TextLike
 from skink.errors import OptionError, check_range, suggest
 
@@ -32,7 +32,7 @@ class ExploreOptions:
         device: where to work.
         seed: for anything random.
         training: text to train on, for points whose recipe trains; as in `skink.compress`.
-        training_length: tokens in a window to train on; by default as in other text.
+        training_texts: how that is read and cut.
 
     Raises:
         OptionError: OPTION-002.
@@ -54,15 +54,13 @@ class ExploreOptions:
     device: str = "cpu"
     seed: int = 0
     training: Any = None
-    training_length: int | None = None
+    training_texts: TrainingTextOptions = field(default_factory=TrainingTextOptions)
 
     def __post_init__(self) -> None:
         check_range("jobs", self.jobs, low=1, high=4096)
         check_range("questions", self.questions, low=1, high=2**31)
         if self.max_points is not None:
             check_range("max_points", self.max_points, low=1, high=2**31)
-        if self.training_length is not None:
-            check_range("training_length", self.training_length, low=2, high=1e9)
         for kind in self.quality:
             if kind not in QUALITY_KINDS:
                 raise OptionError(

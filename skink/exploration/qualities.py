@@ -8,7 +8,7 @@ from skink.compression.texts import HeldOutTexts
 from skink.errors import CalibrationError
 from skink.evaluation import answer, multiple_choice, perplexity, standard_library
 from skink.evaluation.corpus import Documents, Tokenizer
-from skink.evaluation.embeddings import Pooling, closeness, embed, order, retrieval
+from skink.evaluation.embeddings import Pooling, agreement, closeness, embed, order, retrieval
 from skink.evaluation.harness import run_tasks
 from skink.evaluation.questions import KINDS, Questions
 from skink.graph.windows import Windows
@@ -111,6 +111,22 @@ class EmbeddingQuality:
         found = retrieval(*after[1:])
         metrics = {"cosine": near.mean, "order": alike.spearman}
         return metrics, {"closeness": asdict(near), "order": asdict(alike), "retrieval": asdict(found)}
+
+
+@dataclass(frozen=True)
+class ScoresQuality:
+    """How often the head of an encoder puts the same first as the dense model's does."""
+
+    texts: HeldOutTexts
+    dense: Any
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"text": self.texts.source, "sha256": self.texts.sha256}
+
+    def __call__(self, model: Any) -> Measurement:
+        found = agreement(self.dense, model, self.texts.texts)
+        return {"same": found.same}, asdict(found)
 
 
 def questions_from(documents: Documents | None, tokenizer: Tokenizer, count: int, seed: int) -> QuestionsQuality:

@@ -33,6 +33,7 @@ QUALITIES: dict[str, Metric] = {
     "tasks": Metric("Mean accuracy on lm-eval tasks", low=False),
     "cosine": Metric("Cosine to dense embeddings", low=False),
     "order": Metric("Rank correlation of retrieval", low=False),
+    "same": Metric("Same first choice as dense", low=False),
 }
 COSTS: dict[str, Metric] = {
     "parameters": Metric("Parameters", low=True),

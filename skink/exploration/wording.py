@@ -21,6 +21,7 @@ SHORT = {
     "tasks": "Tasks",
     "cosine": "Cosine",
     "order": "Order",
+    "same": "Same choice",
 }
 
 # Names of layers and tensors beyond this many characters are cut in the middle.

@@ -13,7 +13,7 @@ import torch
 
 from skink.compression.chosen_texts import ChosenTexts, choose_texts, training_text
 from skink.compression.compress import captured
-from skink.compression.texts import STANDARD_LIBRARY, HeldOutTexts, read_documents
+from skink.compression.texts import STANDARD_LIBRARY, HeldOutTexts, longest_text, read_documents
 from skink.errors import CalibrationError, SkinkError
 from skink.evaluation.harness import check_tasks
 from skink.exploration.axes import ModelFacts
@@ -23,17 +23,19 @@ from skink.exploration.qualities import (
     EmbeddingQuality,
     PerplexityQuality,
     Quality,
+    ScoresQuality,
     TasksQuality,
     questions_from,
 )
 from skink.export.huggingface import load_source, save, to_huggingface
-from skink.export.huggingface.loading import STDLIB_LLAMA, encoder_class, stored_dtype
+from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder, stored_dtype
 from skink.export.huggingface.sentences import SentenceSettings, sentence_settings
 from skink.graph.cost import program_cost
 from skink.graph.pipeline import Pipeline, check_training_text
 from skink.graph.program import Program
 from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
+from skink.passes.recover.asked import check_asked
 
 # Of each weight, so many numbers go into the model's fingerprint.
 _FINGERPRINT = 256
@@ -58,7 +60,7 @@ class Workbench:
     ) -> None:
         self.source, self.tokenizer, self.name, self.options = source, tokenizer, name, options
         self.stored = stored or source.dtype
-        self.encoder = encoder_class(source.config) is not None
+        self.encoder = not source.can_generate()
         # How an encoder's checkpoint makes embeddings; the defaults for a model object.
         self.sentences = SentenceSettings()
         self.kinds = options.kinds(encoder=self.encoder)
@@ -80,7 +82,7 @@ class Workbench:
         Raises:
             SkinkError: as the class, and MODEL-001 to -003.
         """
-        source, tokenizer = load_source(name, dtype=options.dtype, device=options.device, encoders=True)
+        source, tokenizer = load_source(name, dtype=options.dtype, device=options.device, encoders=holds_encoder(name))
         bench = cls(source, tokenizer, name, options, stored=stored_dtype(name))
         if bench.encoder:
             bench.sentences = sentence_settings(name)
@@ -105,7 +107,6 @@ class Workbench:
 
     def _choose(self, tokens: int) -> ChosenTexts:
         """All text, with so many tokens of it to train on."""
-        longest = getattr(self.source.config, "max_position_embeddings", None)
         return choose_texts(
             self.tokenizer,
             calibration=self._calibration_text,
@@ -113,14 +114,14 @@ class Workbench:
             training=self._training_text,
             options=self.options.texts,
             tokens=tokens,
-            training_length=self.options.training_length,
-            longest=(self.sentences.longest or longest) if self.encoder else longest,
+            training_texts=self.options.training_texts,
+            longest=longest_text(self.source, self.tokenizer, self.sentences.longest),
             encoder=self.encoder,
         )
 
     def _tokens(self, point: Point) -> int:
         """How much text a point trains on."""
-        length = self.options.training_length or self.options.texts.length
+        length = self.options.training_texts.length or self.options.texts.length
         return max((entry.training_tokens(length) for entry in point.recipe.passes), default=0)
 
     def _texts_of(self, point: Point) -> ChosenTexts | None:
@@ -166,7 +167,7 @@ class Workbench:
 
         Raises:
             CalibrationError: CALIBRATION-002 where there is no text to calibrate on, or none to judge on.
-            RecoveryError: RECOVER-005 where there is none to train on.
+            RecoveryError: RECOVER-005 where there is none to train on, -009 where there is and nothing trains.
         """
         needing = [point for point in points if any(entry.needs_calibration for entry in point.recipe.passes)]
         if needing and self.texts[0] is None:
@@ -175,9 +176,9 @@ class Workbench:
                 f"the recipe {str(needing[0].recipe)!r} needs calibration text, and none was given.",
                 fix="give --calibration FILES, or --calibration stdlib for Python source (in Python calibration=...).",
             )
-        check_training_text(
-            (entry for point in points for entry in point.recipe.passes), given=self._training_text is not None
-        )
+        passes = [entry for point in points for entry in point.recipe.passes]
+        check_asked(passes, text=self.options.training is not None, cut=self.options.training_texts.said)
+        check_training_text(passes, given=self._training_text is not None)
         self._training_tokens = max(map(self._tokens, points), default=0)
         # Made here, so that what they raise comes before any point.
         _ = self.qualities
@@ -269,6 +270,8 @@ class Workbench:
         if kind == "tasks":
             check_tasks(self.options.tasks)
             return TasksQuality(self.options.tasks, self.options.task_limit, self._needed_tokenizer())
+        if isinstance(held_out, HeldOutTexts) and self.program.outputs[0] != "last_hidden_state":
+            return ScoresQuality(held_out, self.model(self.program))
         if isinstance(held_out, HeldOutTexts):
             return EmbeddingQuality(held_out, self.sentences.pooling, self.model(self.program))
         if held_out is None:

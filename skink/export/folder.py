@@ -1,8 +1,12 @@
 """Output folders that are there whole or not at all."""
 
 import errno
+import hashlib
 import os
+import re
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +14,7 @@ from pathlib import Path
 
 from skink.errors import OutputError
 
+_PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -18,7 +23,8 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `path` to write into, which takes the name `path` if the block ends well.
 
-    If it does not, Ctrl-C included, the new folder is removed, and what stood at `path` before still does.
+    If it does not, Ctrl-C included, the new folder is removed, and what stood at `path` before still does. What was
+    left by a process that was killed outright is removed by the next one, on the same machine, that writes to `path`.
 
     Args:
         path: where the folder shall be; folders above it are made, and removed again on failure.
@@ -31,9 +37,11 @@ def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     _refuse_existing(target, overwrite)
     made: list[Path] = []
     partial: Path | None = None
+    lock: int | None = None
     try:
         _make_parents(target.parent, made)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        _remove_abandoned(target)
+        partial, lock = _make_partial(target)
         partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
         yield partial
         _refuse_existing(target, overwrite)
@@ -49,6 +57,9 @@ def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         if reason is None:
             raise
         raise OutputError("OUTPUT-002", f"cannot write {target}: {reason}", fix=_fix(error)) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -70,6 +81,54 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
     for parent in reversed([entry for entry in missing if not entry.exists()]):
         parent.mkdir(exist_ok=True)
         made.append(parent)
+
+
+def _make_partial(target: Path) -> tuple[Path, int | None]:
+    """A new folder, and what holds it locked for as long as this process lives; None where folders cannot be locked."""
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_host()}.", suffix=_PARTIAL, dir=target.parent))
+        lock = _locked(partial, wait=True)
+        # Between the two steps another process may have taken it for abandoned.
+        if partial.is_dir():
+            return partial, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove folders that nobody is writing to any more: the system gives up a process's locks when it dies.
+
+    Other machines' are left alone, for on some file systems a lock is seen on one machine only.
+    """
+    known = re.compile(rf"\.{re.escape(target.name)}\.{_host()}\.[^.]*{re.escape(_PARTIAL)}")
+    for folder in [entry for entry in target.parent.iterdir() if known.fullmatch(entry.name)]:
+        lock = _locked(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path, *, wait: bool) -> int | None:
+    """A descriptor that locks a folder until it is closed; None where it cannot be locked."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        found = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(found)
+        return None
+    return found
+
+
+def _host() -> str:
+    """A short name of this machine."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _take_place(partial: Path, target: Path) -> None:

@@ -195,6 +195,8 @@ def finished(
 
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
     """Which tokens of a batch are text: bool[B, T]; None where all are."""
+    if PADDING_INPUT not in batch:
+        return None
     real = batch[PADDING_INPUT] != 0
     return None if bool(real.all()) else real
 

@@ -28,7 +28,7 @@ from skink.graph.calibration import (
 )
 from skink.graph.objective import Labels, count_tokens, objective_of
 from skink.graph.passes import Progress
-from skink.graph.program import PADDING_INPUT, Program
+from skink.graph.program import Program
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def stream_moments(
     batches = token_batches(program, windows, batch=batch, padding=padding)
     objective = objective_of(program, batches, labels=labels, samples=samples, seed=seed)
     readers = linear_readers(program, names)
+    if not readers:
+        return
     tokens = sum(count_tokens(entry) for entry in batches)
     statistics = _Statistics(
         [node for nodes in readers.values() for node in nodes],
@@ -126,7 +128,7 @@ class _Statistics:
         self.inputs = {node.all_input_nodes[0]: Accumulator() for node in layers}
         # How many batches of each input were added: layers that read one input show it once each.
         self._shown = dict.fromkeys(self.inputs, 0)
-        self._counted = [real_tokens(batch) if PADDING_INPUT in batch else None for batch in batches]
+        self._counted = [real_tokens(batch) for batch in batches]
         self._windows = [len(next(iter(batch.values()))) for batch in batches]
         self._squares: dict[fx.Node, Tensor] | None = {} if row_fisher else None
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from skink.errors import OptionError
 from skink.graph.calibration import counted_rows, real_tokens
-from skink.graph.output_heads import predicts_next_tokens
+from skink.graph.output_heads import predicts_next_tokens, results_by_name
 from skink.graph.program import PADDING_INPUT, Program
 
 Labels = Literal["sampled", "text"]
@@ -34,9 +34,7 @@ def objective_of(
     Raises:
         OptionError: OPTION-002 for labels=text where no next token can be read.
     """
-    output = next(node for node in program.graph.nodes if node.op == "output")
-    flat = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
-    named = dict(zip(program.outputs, flat, strict=True))
+    named = results_by_name(program)
     if isinstance(named.get("logits"), fx.Node):
         if labels == "text" and not predicts_next_tokens(program):
             raise OptionError(
@@ -130,7 +128,7 @@ class LogLikelihood:
     def _counted(self, value: Tensor, batch: int) -> Tensor | None:
         """Which rows have a label."""
         inputs = self._batches[batch]
-        real = real_tokens(inputs) if PADDING_INPUT in inputs else None
+        real = real_tokens(inputs)
         if self._sampled:
             return counted_rows(value, real)
         has_next = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
@@ -190,7 +188,7 @@ class Probes:
 
     def _counted(self, value: Tensor, batch: int) -> Tensor | None:
         inputs = self._batches[batch]
-        return counted_rows(value, real_tokens(inputs)) if PADDING_INPUT in inputs else None
+        return counted_rows(value, real_tokens(inputs))
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -1,6 +1,7 @@
 """What a language model's logits are of, and which linear layers give them: those are none of the budget's."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,9 +15,8 @@ aten = torch.ops.aten
 def output_heads(program: Program) -> frozenset[fx.Node]:
     """The linear nodes that give a language model's logits: as wide as its vocabulary, only scaled after them."""
     vocabularies = _vocabularies(program)
-    names = (*program.outputs, *(entry.output_name for entry in program.state))
     heads: set[fx.Node] = set()
-    for name, result in zip(names, _results(program), strict=True):
+    for name, result in results_by_name(program).items():
         if isinstance(result, fx.Node):
             width = _width(result)
             if width is not None and (name == "logits" or width in vocabularies):
@@ -30,8 +30,7 @@ def predicts_next_tokens(program: Program) -> bool:
     Args:
         program: canonical, since only there all attention is known as such.
     """
-    named = dict(zip(program.outputs, _results(program), strict=False))
-    logits = named.get("logits")
+    logits = results_by_name(program).get("logits")
     if not isinstance(logits, fx.Node) or "input_ids" not in {entry.name for entry in program.inputs}:
         return False
     if logits.meta["val"].dim() != 3 or _width(logits) not in _vocabularies(program):
@@ -43,9 +42,12 @@ def predicts_next_tokens(program: Program) -> bool:
     )
 
 
-def _results(program: Program) -> Sequence[object]:
+def results_by_name(program: Program) -> dict[str, Any]:
+    """What the program returns, outputs first and then its state: a node, or a constant."""
     results = program.graph.output_node().args[0]
-    return results if isinstance(results, list | tuple) else (results,)
+    flat = results if isinstance(results, list | tuple) else (results,)
+    names = (*program.outputs, *(entry.output_name for entry in program.state))
+    return dict(zip(names, flat, strict=True))
 
 
 def _vocabularies(program: Program) -> set[int]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, fx
 
-from skink.errors import OptionError, suggest
+from skink.errors import CalibrationError, OptionError, suggest
 from skink.graph.analyses import Analyses, Analysis
 from skink.graph.pattern import NoMatch
 from skink.graph.program import Program, Stage
@@ -72,6 +72,20 @@ class Context:
     original: Program | None = None
     checkpoints: Path | None = None
     status: Callable[[str], None] = _mute
+
+    def calibration_for(self, asker: str) -> Tensor:
+        """The windows to calibrate on.
+
+        Raises:
+            CalibrationError: CALIBRATION-002 where there are none.
+        """
+        if self.calibration is None:
+            raise CalibrationError(
+                "CALIBRATION-002",
+                f"{asker} needs calibration text, and none was given.",
+                fix="give --calibration FILES (in Python calibration=...).",
+            )
+        return self.calibration
 
     def analysis(self, analysis: Analysis[T], program: Program) -> T:
         """The answer to a question about `program` as it is now: `context.analysis(Cost(), program)`."""
@@ -149,6 +163,10 @@ class Pass:
     def needs_original(self) -> bool:
         """Whether these options cannot run without the program that the pipeline was given."""
         return False
+
+    def check_start(self, program: Program, original: Program) -> None:
+        """Refuse a model, or an original to learn from, that it cannot work with: both canonical, as they are before
+        any pass of a recipe has run, so that hours are not spent in vain. Weights may be on the meta device."""
 
     def training_tokens(self, length: int) -> int:
         """Tokens of training text that it reads, in windows of so many tokens; 0 for a pass that does not train."""

@@ -13,11 +13,12 @@ from skink.graph.failure import Failure
 from skink.graph.passes import Context, LayerRecord, Pass
 from skink.graph.program import Program, Stage
 from skink.graph.propagate import refresh
-from skink.graph.reproducer import Circumstances, write_reproducer
+from skink.graph.reproducer import Circumstances
 from skink.graph.run import PassRecord, Progress, Run
 from skink.graph.snapshot import Snapshot
 from skink.graph.versions import package_of
 from skink.graph.windows import Windows
+from skink.graph.write_reproducer import write_reproducer
 from skink.settings import settings
 
 _log = logging.getLogger("skink.limit")

@@ -45,6 +45,11 @@ class Recipe:
         """The one-line form with every option that is set, defaults too."""
         return ", ".join(entry.describe() for entry in self.passes)
 
+    @property
+    def everything(self) -> tuple[Pass, ...]:
+        """Its own passes, and those of what it is compared with."""
+        return (*self.passes, *(entry for text in self.compare for entry in parse_passes(text)))
+
     def to_yaml(self) -> str:
         """The recipe with every option written out, as it is saved with a result."""
         content: dict[str, Any] = {"description": self.description} if self.description else {}

@@ -41,11 +41,10 @@ def test_multiples_and_a_floor(multiple: int, floor: int, expected: list[int]) -
     assert ranks.tolist() == expected
 
 
-def test_a_core_costs_too() -> None:
-    curve, ranks = rank_curve("w", discarded(16), (16, 16), CountPricing(), core=True)
-    # R (16 + 16) + R^2 < 256 until R = 6.
-    assert ranks.tolist() == [1, 2, 3, 4, 5, 6, 0]
-    assert curve.costs[5] == 6 * 32 + 36
+def test_a_rank_whose_loss_is_not_finite_is_not_offered() -> None:
+    losses = discarded(8)
+    losses[2:] = torch.inf
+    assert rank_curve("w", losses, (8, 8), CountPricing())[1].tolist() == [1, 0]
 
 
 def test_pivots_save_at_every_rank_but_the_full_one() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from skink.budget import UNITS, Workload, pricing
+from skink.budget import Workload, pricing
 from skink.budget.target import LatencyPricing
 from skink.errors import OptionError
 from skink.graph.capture import capture
@@ -43,18 +43,16 @@ def test_a_workload_out_of_range(text: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "dense", "factored", "with_core"),
-    [("params", 24.0, 30.0, 39.0), ("bytes", 48.0, 60.0, 78.0), ("flops", 48.0, 60.0, 78.0)],
+    ("unit", "dense", "factored"), [("params", 24.0, 30.0), ("bytes", 48.0, 60.0), ("flops", 48.0, 60.0)]
 )
-def test_counted_units(half: Program, unit: str, dense: float, factored: float, with_core: float) -> None:
+def test_counted_units(half: Program, unit: str, dense: float, factored: float) -> None:
     prices = pricing(unit, half)  # type: ignore[arg-type]
     # Rank 3 of 4 x 6; each token passes twice, which only work counts.
     assert prices.linear(4, 6, uses=2) == dense
     assert prices.low_rank(4, 6, 3, uses=2) == factored
-    assert prices.low_rank(4, 6, 3, core=True, uses=2) == with_core
-    curve = prices.low_rank_curve(4, 6, torch.tensor([1, 3]), core=True, uses=2)
+    curve = prices.low_rank_curve(4, 6, torch.tensor([1, 3]), uses=2)
     assert curve.dtype == torch.float64
-    assert curve.tolist() == [prices.low_rank(4, 6, rank, core=True, uses=2) for rank in (1, 3)]
+    assert curve.tolist() == [prices.low_rank(4, 6, rank, uses=2) for rank in (1, 3)]
 
 
 def test_pivots_take_a_square_less(half: Program) -> None:
@@ -114,8 +112,6 @@ def test_latency_between_measured_ranks_is_interpolated() -> None:
         found, torch.tensor([11.0, 13.0, 30.0, 42.0, 66.0, 138.0, 246.0], dtype=torch.float64), rtol=0, atol=1e-12
     )
     assert prices.low_rank(128, 128, 20, uses=2) == 60.0
-    # The core is one more matrix, R x R.
-    assert prices.low_rank(128, 128, 16, core=True) == 26.0 + 16.0
 
 
 def test_by_default_the_kernel_measures(half: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +125,3 @@ def test_by_default_the_kernel_measures(half: Program, monkeypatch: pytest.Monke
 def test_one_thin_matrix_has_one_rank_to_measure() -> None:
     prices = LatencyPricing(Workload(1, 1, 0), torch.float32, CPU, lambda *_: 7.0)
     assert prices.low_rank_curve(1, 1, torch.tensor([1, 2])).tolist() == [7.0, 7.0]
-
-
-def test_the_units_have_names() -> None:
-    assert UNITS == ("params", "bytes", "flops", "latency")

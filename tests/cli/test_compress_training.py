@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import ROOT, Run, environment
+import skink
+from tests.cli.conftest import ROOT, Run, environment, save_tiny
 
 SMALL = (
     *("--length", 32, "--calibration-windows", 4, "--held-out-windows", 4),
@@ -38,10 +40,19 @@ def arguments(folder: Path, model: Path, out: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def report(run: Run, tiny: Path, folder: Path) -> dict[str, Any]:
+def model(tiny: Path, folder: Path) -> Path:
+    """The tiny model in Skink's form, which no process need capture."""
+    skink.compress(str(tiny), []).save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def report(run: Run, model: Path, folder: Path) -> dict[str, Any]:
     """What one process says of it."""
     out = folder / "out"
-    done = run(*arguments(folder, tiny, "out"))
+    done = run(*arguments(folder, model, "out"))
     assert done.code == 0, done.stderr
     assert (out / "recipe.yaml").read_text().count("recover:") == 2
     assert "Recovery" in (out / "report.html").read_text()
@@ -83,12 +94,27 @@ def test_checkpoints_and_a_teacher(run: Run, tiny: Path, compressed: Path, text:
     ("recipe", "more", "message"),
     [
         ("recover", (), r"\[RECOVER-005\] pass recover trains, and no text to train on was given."),
-        ("recover{ce=1}", ("--teacher", "nowhere", "--training", "stdlib"), r"\[OPTION-002\] a teacher was named"),
+        ("recover{ce=1}", ("--teacher", "nowhere", "--training", "stdlib"), r"\[RECOVER-009\] a teacher was named"),
+        ("low-rank", ("--training", "stdlib"), r"\[RECOVER-009\] text to train on was named"),
+        ("low-rank", ("--training-length", 64), r"\[RECOVER-009\] it was said how text to train on is read"),
+        ("low-rank", ("--training-packing", "stream"), r"\[RECOVER-009\] it was said how text to train on is read"),
+        ("low-rank", ("--checkpoints", "kept"), r"\[RECOVER-009\] a folder for checkpoints was named"),
+        (
+            "recover",
+            ("--training", "stdlib", "--training-packing", "dense"),
+            r"\[OPTION-002\] training packing=",
+        ),
+        (
+            "recover",
+            ("--training", "stdlib", "--training-field", "answer"),
+            r"\[OPTION-002\] training field='answer' does",
+        ),
+        ("recover", ("--training", "none.txt"), r"\[INPUT-001\] 'none.txt' cannot be read"),
         ("recover{lr=1}", (), r"\[OPTION-001\] recover has no option 'lr'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
-    run: Run, tmp_path: Path, recipe: str, more: tuple[str, ...], message: str
+    run: Run, tmp_path: Path, recipe: str, more: tuple[object, ...], message: str
 ) -> None:
     for dry in ((), ("--dry-run",)):
         done = run("compress", "no-such-model", "--recipe", recipe, "--out", tmp_path / "out", *more, *dry)
@@ -97,16 +123,56 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_says_what_is_trained_on(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_what_is_said_of_training_is_refused_before_transformers_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from skink.cli import app; from typer.testing import CliRunner; "
+        f"done = CliRunner().invoke(app, ['compress', 'm', '--recipe', 'low-rank', '--out', {str(tmp_path / 'out')!r}, "
+        "'--checkpoints', 'kept']); print(done.exit_code, 'RECOVER-009' in done.stderr, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["1", "True", "False"], done.stderr
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_though_nothing_is_done(
+    run: Run, compressed: Path, text: Path, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", vocab_size=64)
+    arguments = ("--recipe", "recover{kl=1,steps=2}", "--out", tmp_path / "out", "--training", text, "--dry-run")
+    done = run("compress", compressed, *arguments, "--teacher", other)
+    assert done.code == 1
+    assert "[RECOVER-006]" in done.stderr
+    assert run("compress", compressed, *arguments, "--teacher", compressed).code == 0
+
+
+def test_lines_and_tokens_are_read_as_was_said(run: Run, tiny: Path, tmp_path: Path) -> None:
+    lines, tokens = tmp_path / "rows.jsonl", tmp_path / "tokens.bin"
+    lines.write_text("".join(json.dumps({"answer": f"def f{i}():\n    return {i}\n"}) + "\n" for i in range(60)))
+    tokens.write_bytes(bytes(range(4, 200)) * 8)
+    for file, said in (
+        (lines, ("--training-packing", "document", "--training-field", "answer")),
+        (tokens, ("--training-dtype", "uint16", "--training-length", 16)),
+    ):
+        out = tmp_path / f"out-{file.suffix[1:]}"
+        recipe = ("--recipe", "recover{ce=1,steps=1,batch=2}", "--training", file, "--length", 32, "--no-evaluate")
+        done = run("compress", tiny, *recipe, "--out", out, "--json", *said)
+        # uint16 of these bytes are ids of another vocabulary, which shows that it was obeyed.
+        assert done.code == (0 if file is lines else 1), done.stderr
+        if file is tokens:
+            assert "[RECOVER-008] training tokens run from" in done.stderr
+        else:
+            assert done.json["report"]["recoveries"][0]["text"].startswith("rows.jsonl")
+
+
+def test_a_dry_run_says_what_is_trained_on(run: Run, compressed: Path, text: Path, tmp_path: Path) -> None:
     arguments = ("--recipe", "recover{steps=2,batch=4}", "--out", tmp_path / "out", "--training", text, "--dry-run")
-    done = run("compress", tiny, *arguments, "--json")
+    done = run("compress", compressed, *arguments, "--json")
     assert done.json["training"] == [{"pass": "recover{steps=2,batch=4}", "tokens": 2 * 4 * 512, "text": str(text)}]
-    assert "training    4,096 tokens of" in run("compress", tiny, *arguments).stdout
+    assert "training    4,096 tokens of" in run("compress", compressed, *arguments).stdout
 
 
-def test_two_processes_do_what_one_does(tiny: Path, folder: Path, report: dict[str, Any]) -> None:
+def test_two_processes_do_what_one_does(model: Path, folder: Path, report: dict[str, Any]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "skink", *arguments(folder, tiny, "together")]
+    command = [*launcher, "-m", "skink", *arguments(folder, model, "together")]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False, timeout=300
     )

@@ -52,9 +52,13 @@ def test_a_dry_run_lists_the_points(run: Run, tiny: Path, text: Path, space: Pat
         (("--space", "quik"), "SPACE-001"),
         (("--space", "quick", "--quality", "beauty"), "OPTION-002"),
         (("--space", "quick"), "CALIBRATION-002"),
+        (
+            ("--space", "quick", "--training-length", 64, "--calibration", "stdlib", "--calibration-windows", 2),
+            "RECOVER-009",
+        ),
     ],
 )
-def test_errors_have_codes(run: Run, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], code: str) -> None:
+def test_errors_have_codes(run: Run, tiny: Path, tmp_path: Path, arguments: tuple[object, ...], code: str) -> None:
     done = run("explore", tiny, *arguments, "--out", tmp_path / "map", "--json")
     assert done.code == 1
     assert done.json["error"]["code"] == code

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import skink
 import skink.passes
 from skink.cli.models import load_model
 from skink.compression.compress import captured as captured_model
@@ -111,15 +112,18 @@ def test_a_folder_without_weights_says_so(run: Run, folder: Path) -> None:
 def test_the_weights_of_a_model_take_the_place_of_those_left_out(
     run: Run, tiny: Path, tmp_path: Path, set_environment: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skink.graph.reproducer.WEIGHTS_LIMIT", 1000)
+    monkeypatch.setattr("skink.graph.write_reproducer.WEIGHTS_LIMIT", 1000)
     set_environment(SKINK_DUMP=str(tmp_path))
     with pytest.raises(VerifyError):
         Pipeline((Canonicalize(), Scale(factors=FACTORS))).run(captured_model(load_model(str(tiny)).model))
     folder = tmp_path / "reproducer_01_scale"
     assert run("repro", folder).code == 3
     assert run("repro", folder, "--weights-of", tiny).code == 0
-    assert run("repro", folder, "--weights-of", tiny, "--local").code == 0
-    found = run("bisect", folder, "--weights-of", tiny, "--json")
+    # In Skink's form, which needs no capture.
+    same = tmp_path / "same"
+    skink.compress(str(tiny), []).save_pretrained(same)
+    assert run("repro", folder, "--weights-of", same, "--local").code == 0
+    found = run("bisect", folder, "--weights-of", same, "--json")
     assert (found.code, found.json["edit"]["node"]) == (0, "linear_3")
     missing = run("repro", folder, "--weights-of", tmp_path / "nothing")
     assert missing.code == 1

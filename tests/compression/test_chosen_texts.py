@@ -1,15 +1,16 @@
 """Which text is calibrated on, trained on, and judged on: never the same where that matters."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from skink.compression import TextOptions
+from skink.compression import TextOptions, TrainingTextOptions
 from skink.compression.chosen_texts import ChosenTexts, choose_texts, training_text
 from skink.compression.texts import HeldOutTexts
-from skink.errors import RecoveryError
+from skink.errors import OptionError, RecoveryError
 from skink.evaluation import Documents
 from skink.evaluation.embeddings import Texts
 from skink.export.huggingface.loading import load_source
@@ -47,10 +48,11 @@ def test_text_to_calibrate_on_serves_for_training_but_for_what_is_judged(tokeniz
 
 
 def test_windows_to_train_on_may_have_a_length_of_their_own(tokenizer: object) -> None:
-    found = choose(tokenizer, calibration=TEXT, training=TEXT, training_length=48)
+    longer = TrainingTextOptions(length=48)
+    found = choose(tokenizer, calibration=TEXT, training=TEXT, training_texts=longer)
     assert found.training.tokens.shape[1] == 48
     assert found.held_out.tokens.shape[1] == 32
-    other = choose(tokenizer, calibration=TEXT, training=OTHER, training_length=48, longest=40)
+    other = choose(tokenizer, calibration=TEXT, training=OTHER, training_texts=longer, longest=40)
     assert other.training.tokens.shape[1] == 40
 
 
@@ -82,6 +84,8 @@ def test_windows_to_judge_on_are_taken_as_they_are() -> None:
         found = choose(None, training=tokens, tokens=640, held_out=given)
         assert found.judged is not None
         assert torch.equal(found.judged.tokens, judged)
+        # Nothing else is kept back.
+        assert torch.equal(found.training.tokens, tokens)
 
 
 def test_where_nothing_trains_nothing_is_read(tokenizer: object) -> None:
@@ -140,3 +144,28 @@ def test_an_encoder_is_judged_by_passages_that_it_does_not_train_on(tokenizer: o
     found = choose(tokenizer, training=text, encoder=True, options=replace(OPTIONS, length=64))
     assert found.training.padding is not None
     assert not rows(found.training) & rows(found.judged)
+
+
+def test_an_encoder_trains_on_texts_of_the_length_that_was_asked_for(tokenizer: object) -> None:
+    words = "\n\n".join(" ".join(str((7 * i + j * j) % 200) for j in range(60)) for i in range(200))
+    given = {"training": Documents("numbers", (words,)), "encoder": True, "options": replace(OPTIONS, length=64)}
+    assert choose(tokenizer, **given).training.tokens.shape[1] == 64
+    assert choose(tokenizer, **given, training_texts=TrainingTextOptions(length=24)).training.tokens.shape[1] == 24
+
+
+def test_rows_in_a_field_of_another_name_are_read(tokenizer: object, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"answer": f"x = {number}\n"}) + "\n" for number in range(200)))
+    options = TrainingTextOptions(packing="document", field="answer")
+    found = choose(tokenizer, training=file, training_texts=options, held_out=OTHER)
+    assert found.training.padding is not None
+    assert found.training.source == "rows.jsonl"
+
+
+@pytest.mark.parametrize("option", [{"packing": "document"}, {"field": "answer"}, {"dtype": "uint16"}])
+@pytest.mark.parametrize("changes", [{"calibration": TEXT, "training": TEXT}, {"training": TEXT, "encoder": True}])
+def test_what_would_change_nothing_about_the_text_is_refused(
+    tokenizer: object, option: dict[str, str], changes: dict[str, object]
+) -> None:
+    with pytest.raises(OptionError, match=rf"\[OPTION-002\] training {next(iter(option))}='.*' does not go with this"):
+        choose(tokenizer, **changes, training_texts=TrainingTextOptions(**option))

@@ -5,12 +5,14 @@ import hashlib
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import skink
-from skink.compression import compress, compress_program
+from skink.compression import TrainingTextOptions, compress, compress_program
 from skink.errors import SkinkError
 from skink.evaluation import Documents
 from skink.export.huggingface.loading import load_source
+from skink.graph.windows import Windows
 from tests.models import VOCABULARY, build, tiny
 
 
@@ -152,7 +154,37 @@ def test_a_smaller_model_learns_from_the_model_that_it_was_made_of() -> None:
 def test_what_can_be_refused_is_refused_before_any_work() -> None:
     with pytest.raises(SkinkError, match=r"\[RECOVER-005\]"):
         compress("no-such-model", "recover", calibration=_windows())
-    with pytest.raises(SkinkError, match=r"\[OPTION-002\] a teacher was named"):
+    with pytest.raises(SkinkError, match=r"\[RECOVER-009\] a teacher was named"):
         compress("no-such-model", "low-rank{method=plain}", teacher="another")
+    with pytest.raises(SkinkError, match=r"\[RECOVER-009\] it was said how text to train on is read"):
+        compress("no-such-model", "low-rank", training_texts=TrainingTextOptions(length=8), calibration=_windows())
     with pytest.raises(SkinkError, match=r"\[RECOVER-005\]"):
         compress_program(tiny("llama"), "recover")
+
+
+@pytest.mark.parametrize("loss", ["by=layer", "kl=1"])
+def test_a_teacher_of_another_vocabulary_is_refused_before_any_pass_runs(loss: str) -> None:
+    seen: list[str] = []
+    with pytest.raises(SkinkError, match=r"\[RECOVER-006\] (.|\n)*64 tokens in its table, and the student 97"):
+        compress(
+            tiny("llama"),
+            f"low-rank{{keep=0.5,method=plain}}, recover{{{loss},steps=1}}",
+            training=_rows(20, 2),
+            teacher=build("llama", vocab_size=64),
+            progress=lambda name, done, total: seen.append(name),
+        )
+    assert "low-rank" not in seen
+
+
+def test_a_loss_that_the_model_has_not_is_refused_before_any_pass_runs() -> None:
+    seen: list[str] = []
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+    encoder = BertModel(BertConfig(**sizes, num_hidden_layers=1)).eval()
+    with pytest.raises(SkinkError, match=r"\[OPTION-002\] ce needs a model with logits"):
+        compress(
+            encoder,
+            "low-rank{keep=0.5,method=plain}, recover{ce=1,steps=1}",
+            training=Windows(_rows(20, 2)),
+            progress=lambda name, done, total: seen.append(name),
+        )
+    assert "low-rank" not in seen

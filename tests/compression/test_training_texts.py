@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 import skink
-from skink.compression.training_texts import training_windows
+from skink.compression import TrainingTextOptions
+from skink.compression.training_texts import check_readable, training_windows
 from skink.errors import CalibrationError, InputError, OptionError, RecoveryError
 from skink.evaluation import Documents, standard_library
 from skink.evaluation.corpus import token_stream
@@ -338,5 +339,34 @@ def test_text_without_a_tokenizer_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"length": 1}, {"tokens": 0}, {"packing": "dense"}])
 def test_options_have_ranges(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=rf"\[OPTION-002\] {next(iter(options))}="):
+    with pytest.raises(OptionError, match=rf"\[OPTION-002\] (training )?{next(iter(options))}="):
         read(Documents("numbers", TEXTS), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "why"),
+    [
+        (Documents("numbers", TEXTS), {"field": "answer"}, "it has no rows"),
+        ("stdlib", {"field": "answer"}, "it has no rows"),
+        (["notes.txt"], {"field": "answer"}, "it has no rows"),
+        (Documents("numbers", TEXTS), {"dtype": "uint16"}, "it is of token ids in a .bin file"),
+        (torch.ones(20, dtype=torch.int64), {"packing": "document"}, "it is token ids already"),
+        (torch.ones(20, dtype=torch.int64), {"dtype": "int64"}, "only a .bin file"),
+        (Windows(torch.ones(2, 10, dtype=torch.int64)), {"packing": "document"}, "it is windows of tokens already"),
+    ],
+)
+def test_what_would_change_nothing_about_a_text_is_refused(text: Any, options: dict[str, Any], why: str) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=rf"\[OPTION-002\] training {name}='.*' does not go with this text.\n  {why}"):
+        read(text, **options)
+
+
+def test_that_files_can_be_read_is_seen_without_reading_them(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abc")
+    check_readable(tmp_path, TrainingTextOptions(field="answer"))
+    # What is read only once is left alone.
+    texts = iter(TEXTS)
+    check_readable(texts, TrainingTextOptions())
+    assert next(texts) == TEXTS[0]
+    with pytest.raises(InputError, match=r"\[INPUT-001\] .*none.txt"):
+        check_readable([tmp_path, tmp_path / "none.txt"], TrainingTextOptions())

@@ -336,6 +336,7 @@ EXAMPLES: dict[str, Callable[[], object]] = {
     "RECOVER-006": _other_vocabulary,
     "RECOVER-007": lambda: corresponding(canonical("llama"), canonical("llama"), "hidden", ("model.layer.*",)),
     "RECOVER-008": lambda: training_windows(None, torch.tensor([[0, 1, 2], [3, 4, 50_000]]), length=3, vocabulary=4096),
+    "RECOVER-009": lambda: skink.compress(tiny("llama"), "low-rank{method=plain}", checkpoints="kept"),
     "RECOVER-010": _too_large_for_half,
     "RECOVER-011": lambda: adapter_targets(canonical("gemma2"), LoraOptions(targets=("*",))),
     "MODEL-001": _empty_folder,

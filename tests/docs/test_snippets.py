@@ -2,12 +2,16 @@
 
 import shutil
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import skink.compression
 from skink.compression import CompressOptions, TextOptions, compress_to_folder
+from skink.export.huggingface.loading import load_source
 from skink.passes.recipe import load_recipe
 from tests.docs.pages import Page, page
 
@@ -37,6 +41,14 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _shallow(name: str, **options: Any) -> tuple[Any, Any]:
+    """A model to work on with two of its layers, whose names and shapes are those of all."""
+    model, tokenizer = load_source(name, **options)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model, tokenizer
+
+
 @pytest.mark.slow
 # PEFT asks transformers by a name that transformers has replaced.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -51,7 +63,10 @@ def test_python_runs(
     monkeypatch.chdir(tmp_path)
     for name in ("build/quickstart", "smaller"):
         shutil.copytree(compressed, tmp_path / name)
-    monkeypatch.setattr("skink.compression.texts.TextOptions", partial(TextOptions, calibration_windows=4, length=64))
+    # The package's `compress` is the function, not the module.
+    for module in (skink.compression, import_module("skink.compression.compress")):
+        monkeypatch.setattr(module, "TextOptions", partial(TextOptions, calibration_windows=4, length=64))
+    monkeypatch.setattr("skink.export.huggingface.loading.load_source", _shallow)
     namespace: dict[str, object] = {"__name__": "snippets"}
     with torch.random.fork_rng():
         for block in entry.blocks():

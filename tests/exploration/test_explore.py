@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 import skink
-from skink.errors import OptionError, SpaceError
+from skink.errors import OptionError, SkinkError, SpaceError
 from skink.exploration import explore
 from skink.exploration.store import POINTS_FILE
 from skink.exploration.workbench import Workbench
@@ -142,3 +142,15 @@ def test_a_model_object_cannot_be_shared_out(captured, tokenizer, options, space
     with pytest.raises(OptionError, match="jobs=2 with a model object") as caught:
         explore(captured, space, options=replace(options, jobs=2), tokenizer=tokenizer)
     assert caught.value.code == "OPTION-002"
+
+
+def test_a_dense_model_that_cannot_be_measured_ends_it(captured, tokenizer, options, space, tmp_path, monkeypatch):
+    def failing(self, texts):
+        raise ValueError("no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skink.exploration.qualities.PerplexityQuality.__call__", failing)
+        with pytest.raises(SkinkError, match=r"the dense model cannot be measured: ValueError: no such thing"):
+            explore(captured, space, tmp_path, options, tokenizer=tokenizer)
+    # Nothing of it stays in the way.
+    assert explore(captured, space, tmp_path, replace(options, retry=True), tokenizer=tokenizer).dense.error is None

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import skink
 from skink.errors import CalibrationError, OptionError, RecoveryError
@@ -108,7 +108,6 @@ def test_encoders_are_judged_by_their_embeddings(tokenizer, options):
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
-            architectures=["BertModel"],
         )
     ).eval()
     text = Documents("prose", tuple(f"The {word} of this text is near.\n\nIt is {word} and not far." for word in WORDS))
@@ -119,6 +118,17 @@ def test_encoders_are_judged_by_their_embeddings(tokenizer, options):
     record = found.run(point("low-rank{keep=0.5,method=plain}"))
     assert 0 < record["metrics"]["cosine"] < 1
     assert "perplexity" not in record["metrics"]
+
+
+def test_encoders_with_a_head_are_judged_by_its_choices(tokenizer, options):
+    reader = copy.deepcopy(tokenizer)
+    reader.pad_token = reader.eos_token
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = BertForSequenceClassification(BertConfig(vocab_size=4096, num_labels=5, **sizes)).eval()
+    text = Documents("prose", tuple(f"The {word} of this text is near.\n\nIt is {word} and not far." for word in WORDS))
+    found = Workbench(model, reader, "tiny", replace(options, calibration=text, held_out=text))
+    assert found.run(DENSE)["metrics"]["same"] == 1.0
+    assert found.run(point("low-rank{keep=0.1,method=plain}"))["metrics"]["same"] <= 1.0
 
 
 TRAINED = "low-rank{keep=0.5,method=plain}, recover{ce=1,steps=3,batch=4,learning_rate=0.003}"

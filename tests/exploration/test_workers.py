@@ -3,7 +3,6 @@ import os
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaForCausalLM
 
 from skink.errors import SpaceError
 from skink.exploration import workers
@@ -16,11 +15,11 @@ POINTS = (DENSE, Point("a", {}, load_recipe("low-rank{keep=0.5,method=plain}")))
 
 
 @pytest.fixture(scope="module")
-def folder(llama, tokenizer, tmp_path_factory):
+def folder(captured, tokenizer, tmp_path_factory):
+    """In Skink's form, which needs no capture in each process."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    llama.save_pretrained(path)
+    captured.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    assert isinstance(llama, LlamaForCausalLM)
     return path
 
 

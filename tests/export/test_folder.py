@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -45,6 +47,32 @@ def test_a_parent_that_others_use_meanwhile_stays(tmp_path):
     with pytest.raises(ValueError, match="bad"), output_folder(tmp_path / "new" / "out"):
         fail()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["theirs"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    code = (
+        "import os, sys; from skink.export.folder import output_folder\n"
+        "with output_folder(sys.argv[1]) as folder:\n    (folder / 'a').touch(); os.kill(os.getpid(), 9)"
+    )
+    for name in ("out", "out.2"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False)
+    assert len(list(tmp_path.glob(".out.*.partial/a"))) == 2
+    with output_folder(tmp_path / "out"):
+        # That of another output is not looked at.
+        assert [len(list(tmp_path.glob(pattern))) for pattern in (".out.*.partial", ".out.2.*.partial")] == [2, 1]
+    assert len(list(tmp_path.glob(".*.partial"))) == 1
+
+
+def test_what_another_process_writes_to_is_left_alone(tmp_path):
+    elsewhere = tmp_path / ".out.000000.abcdefgh.partial"
+    elsewhere.mkdir()
+    with output_folder(tmp_path / "out", overwrite=True) as first:
+        (first / "a").touch()
+        with output_folder(tmp_path / "out", overwrite=True) as second:
+            assert (first / "a").exists()
+            assert second != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == [elsewhere.name, "out"]
+    assert (tmp_path / "out" / "a").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])

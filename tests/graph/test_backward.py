@@ -147,12 +147,22 @@ def test_regions_before_the_first_layer_are_left_out():
     assert [done for done, _ in progress] == list(range(1, progress[0][1] + 1))
 
 
+@pytest.fixture
+def new_objects_only():
+    """`alive` sees what a test makes, and need not look through all that the tests before it left in memory."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive(shape):
     tensors = [entry for entry in gc.get_objects() if issubclass(type(entry), torch.Tensor) and entry.shape == shape]
     assert not any(entry.requires_grad for entry in tensors)
     return len({entry.data_ptr() for entry in tensors})
 
 
+@pytest.mark.usefixtures("new_objects_only")
 def test_memory_holds_what_regions_receive_and_no_more():
     program = capture(Chain(12), (torch.randn(4, 6),))
     count, shape = 4, (37, 6)
@@ -169,6 +179,7 @@ def test_memory_holds_what_regions_receive_and_no_more():
         assert number == count + max(0, index - 1) * count + gradients, index
 
 
+@pytest.mark.usefixtures("new_objects_only")
 def test_where_values_are_too_many_some_are_made_again(monkeypatch):
     program = capture(Chain(26), (torch.randn(4, 6),))
     shape, layers = (37, 6), linears(program)

@@ -402,3 +402,7 @@ def test_samples_out_of_range(samples):
 def test_a_weight_that_no_linear_layer_reads():
     with pytest.raises(KeyError, match="wpe"):
         moments(canonical("gpt2"), token_windows(), ["transformer.wpe.weight"])
+
+
+def test_no_weight_has_no_moments():
+    assert moments(canonical("llama"), token_windows(), []) == {}

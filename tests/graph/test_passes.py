@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from skink.errors import OptionError
+from skink.errors import CalibrationError, OptionError
 from skink.graph.capture import capture
 from skink.graph.passes import Context, linear_weight
 from skink.graph.rewriter import Rewriter
@@ -115,6 +115,13 @@ def test_a_pass_needs_a_body_and_no_calibration_by_default() -> None:
     assert not Sample().needs_calibration
     with pytest.raises(NotImplementedError):
         super(Sample, Sample()).run(program, Rewriter(program, "sample"), Context())
+
+
+def test_text_to_calibrate_on_or_who_wanted_it() -> None:
+    windows = torch.zeros(2, 3, dtype=torch.int64)
+    assert Context(windows).calibration_for("sample") is windows
+    with pytest.raises(CalibrationError, match=r"\[CALIBRATION-002\] sample needs calibration text"):
+        Context().calibration_for("sample")
 
 
 def test_weights_of_linear_layers() -> None:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from skink.export.report.model import Setting
+from skink.export.report.measures import Setting
 
 MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 MISSING = DASH

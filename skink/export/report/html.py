@@ -4,21 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 
 from skink.export.report import formatting as fmt
+from skink.export.report.layers import layers_sentence, rejections_by_reason
 from skink.export.report.losses import loss_sentence, nats
 from skink.export.report.markup import Child, Markup, document, join, tag
-from skink.export.report.model import Comparison, Form, PassRecord, Report
+from skink.export.report.measures import Form
+from skink.export.report.model import Comparison, PassRecord, Report
 from skink.export.report.page_plots import comparison_plot, form_plots, layer_plots, pass_plots
 from skink.export.report.recovery import recovery_section
 from skink.export.report.savings import LINEAR, MODEL, saving_lines, saving_rows
-from skink.export.report.summary import (
-    Cell,
-    Row,
-    headline,
-    layers_sentence,
-    rejections_by_reason,
-    settings_lines,
-    smallest,
-)
+from skink.export.report.summary import Cell, Row, headline, settings_lines, smallest
 
 _VERIFIED = ("no", "structure", "numbers", "every edit")
 

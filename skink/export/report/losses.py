@@ -1,8 +1,9 @@
 """What the edits were predicted to add to the loss, beside what was measured; all in nats per token."""
 
 from skink.export.report import formatting as fmt
+from skink.export.report.layers import KEPT
 from skink.export.report.model import Report
-from skink.export.report.summary import KEPT, smallest
+from skink.export.report.summary import smallest
 
 # Losses that differ by less are the same up to rounding.
 _ROUNDING = 1e-7

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 
 from skink.export.report import formatting as fmt
+from skink.export.report.layers import KEPT, Role, roles
 from skink.export.report.markup import Child, Markup, join, tag
 from skink.export.report.model import Comparison, LayerRecord, PassRecord, Report
 from skink.export.report.plots import Bar, Column, bars, columns, largest
-from skink.export.report.summary import KEPT, Role, headline, roles, settings_lines
+from skink.export.report.summary import headline, settings_lines
 
 # The colour of what Skink made, in plots that do not compare forms.
 _OURS = 2

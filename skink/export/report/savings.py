@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from skink.export.report import formatting as fmt
 from skink.export.report.losses import loss_sentence
-from skink.export.report.model import Report, Saved, Saving
+from skink.export.report.measures import Saved, Saving
+from skink.export.report.model import Report
 from skink.export.report.summary import Cell, Tone
 
 LINEAR, MODEL = "Linear layers", "Whole model"

@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from skink.export.report import formatting as fmt
+from skink.export.report.layers import layers_sentence, rejections_by_reason
 from skink.export.report.losses import loss_sentence
 from skink.export.report.model import Comparison, PassRecord, Report
 from skink.export.report.recovery import HEADS, recovery_rows
 from skink.export.report.savings import LINEAR, MODEL, saving_lines, saving_rows
-from skink.export.report.summary import Row, headline, layers_sentence, rejections_by_reason, settings_lines
+from skink.export.report.summary import Row, headline, settings_lines
 
 _TONES = {"better": "green", "worse": "red", "even": "dim"}
 _VERIFIED = ("no", "structure", "numbers", "every edit")

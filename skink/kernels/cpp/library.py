@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from skink.errors import OptionError, suggest
 from skink.settings import settings
@@ -123,48 +122,9 @@ def _select(path: Path, name: str) -> None:
 
 
 def _register_fakes() -> None:
-    torch.library.register_fake("skink_cpp::rms_norm", _fake_rms_norm)
-    torch.library.register_fake("skink_cpp::rotary", _fake_rotary)
-    torch.library.register_fake("skink_cpp::attention", _fake_attention)
-    torch.library.register_fake("skink_cpp::low_rank_linear", _fake_low_rank_linear)
-    torch.library.register_fake("skink_cpp::pivoted_linear", _fake_pivoted_linear)
+    """Give each kernel its op's shapes: both are called alike."""
+    from skink.kernels import OPS
 
-
-def _fake_rms_norm(input: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    return input.new_empty(input.shape)
-
-
-def _fake_rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    return input.new_empty(input.shape)
-
-
-def _fake_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-    *,
-    causal: bool = True,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    alibi: Tensor | None = None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
-def _fake_low_rank_linear(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    return input.new_empty((*input.shape[:-1], up.shape[0]))
-
-
-def _fake_pivoted_linear(
-    input: Tensor,
-    kept: Tensor,
-    rest: Tensor,
-    kept_bias: Tensor | None = None,
-    rest_bias: Tensor | None = None,
-    order: Tensor | None = None,
-) -> Tensor:
-    outputs = kept.shape[0] + rest.shape[0] if order is None else order.shape[0]
-    return input.new_empty((*input.shape[:-1], outputs))
+    for op in OPS:
+        if hasattr(torch.ops.skink_cpp, op.name):
+            torch.library.register_fake(f"skink_cpp::{op.name}", op.fake)

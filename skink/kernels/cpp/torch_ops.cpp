@@ -164,10 +164,25 @@ Scratch new_scratch(size_t bytes) {
     return scratch;
 }
 
+template <typename Problem>
+void run_with_scratch(const Problem& problem, void (*kernel)(const Problem&, const skink::Pool&, void*),
+                      size_t (*scratch_bytes)(const Problem&, const skink::Pool&)) {
+    const skink::Pool threads = pool();
+    const Scratch scratch = new_scratch(scratch_bytes(problem, threads));
+    kernel(problem, threads, scratch.get());
+}
+
 // The input of a layer as rows, copied only where they are not a constant distance apart.
 Tensor as_rows(const Tensor& input) {
     const bool matrix = input.dim() == 2 && (input.size(1) <= 1 || input.stride(1) == 1);
     return matrix || input.is_contiguous() ? input : torch::stable::contiguous(input);
+}
+
+// An empty result of a layer: the input's shape with `outputs` in place of its width.
+Tensor new_outputs(const Tensor& input, int64_t outputs) {
+    std::vector<int64_t> shape(input.dim(), outputs);
+    for (int64_t i = 0; i + 1 < input.dim(); ++i) shape[i] = input.size(i);
+    return torch::stable::new_empty(input, {shape.data(), shape.size()});
 }
 
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> key_mask, bool causal, double scale,
@@ -245,10 +260,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> k
     problem.window = window;
     problem.scale = static_cast<float>(scale);
     problem.softcap = static_cast<float>(softcap);
-    const skink::Kernels& kernels = skink::kernels();
-    const skink::Pool threads = pool();
-    const Scratch scratch = new_scratch(kernels.attention_scratch(problem, threads));
-    kernels.attention(problem, threads, scratch.get());
+    run_with_scratch(problem, skink::kernels().attention, skink::kernels().attention_scratch);
     return output;
 }
 
@@ -273,11 +285,9 @@ Tensor low_rank_linear(Tensor input, Tensor down, Tensor up, std::optional<Tenso
     const Tensor rows = as_rows(input);
     down = with_dense_rows(down);
     up = with_dense_rows(up);
-    std::vector<int64_t> shape(input.dim(), outputs);
-    problem.tokens = 1;
-    for (int64_t i = 0; i + 1 < input.dim(); ++i) problem.tokens *= shape[i] = input.size(i);
-    Tensor output = torch::stable::new_empty(input, {shape.data(), shape.size()});
+    Tensor output = new_outputs(input, outputs);
     if (output.numel() == 0) return output;
+    problem.tokens = output.numel() / outputs;
     problem.input = rows.const_data_ptr();
     problem.down = down.const_data_ptr();
     problem.up = up.const_data_ptr();
@@ -288,10 +298,7 @@ Tensor low_rank_linear(Tensor input, Tensor down, Tensor up, std::optional<Tenso
     problem.input_stride = rows.dim() == 2 ? rows.stride(0) : width;
     problem.down_stride = down.stride(0);
     problem.up_stride = up.stride(0);
-    const skink::Kernels& kernels = skink::kernels();
-    const skink::Pool threads = pool();
-    const Scratch scratch = new_scratch(kernels.low_rank_linear_scratch(problem, threads));
-    kernels.low_rank_linear(problem, threads, scratch.get());
+    run_with_scratch(problem, skink::kernels().low_rank_linear, skink::kernels().low_rank_linear_scratch);
     return output;
 }
 
@@ -335,11 +342,9 @@ Tensor pivoted_linear(Tensor input, Tensor kept, Tensor rest, std::optional<Tens
     const Tensor rows = as_rows(input);
     kept = with_dense_rows(kept);
     rest = with_dense_rows(rest);
-    std::vector<int64_t> shape(input.dim(), outputs);
-    problem.tokens = 1;
-    for (int64_t i = 0; i + 1 < input.dim(); ++i) problem.tokens *= shape[i] = input.size(i);
-    Tensor output = torch::stable::new_empty(input, {shape.data(), shape.size()});
+    Tensor output = new_outputs(input, outputs);
     if (output.numel() == 0) return output;
+    problem.tokens = output.numel() / outputs;
     problem.input = rows.const_data_ptr();
     problem.kept = kept.const_data_ptr();
     problem.rest = rest.const_data_ptr();
@@ -351,10 +356,7 @@ Tensor pivoted_linear(Tensor input, Tensor kept, Tensor rest, std::optional<Tens
     problem.input_stride = rows.dim() == 2 ? rows.stride(0) : width;
     problem.kept_stride = kept.stride(0);
     problem.rest_stride = rest.stride(0);
-    const skink::Kernels& kernels = skink::kernels();
-    const skink::Pool threads = pool();
-    const Scratch scratch = new_scratch(kernels.pivoted_linear_scratch(problem, threads));
-    kernels.pivoted_linear(problem, threads, scratch.get());
+    run_with_scratch(problem, skink::kernels().pivoted_linear, skink::kernels().pivoted_linear_scratch);
     return output;
 }
 

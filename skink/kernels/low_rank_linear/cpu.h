@@ -108,6 +108,17 @@ inline void thin_product(const Pool& pool, int64_t workers, const float* vectors
     });
 }
 
+// to[i] = found[i] + bias[i], rounded to T, for `count` results of one token; and in float32, where asked for.
+template <typename T>
+inline void finish_rows(const float* found, const T* bias, int64_t count, T* to, float* exact) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Vec y = load(found + i);
+        if (bias != nullptr) y += load_some(bias + i, count - i);
+        store_some(to + i, y, count - i);
+        if (exact != nullptr) store_some(exact + i, y, count - i);
+    }
+}
+
 inline void low_rank_linear(const LowRankLinear& p, const Pool& pool, void* scratch) {
     with_type(p.dtype, [&](auto type) {
         using T = decltype(type);
@@ -130,12 +141,8 @@ inline void low_rank_linear(const LowRankLinear& p, const Pool& pool, void* scra
             order_inner<T>(inner + token * plan.rank, p.rank, ordered + token * plan.rank);
         thin_product(pool, plan.workers, ordered, plan.rank, p.tokens, static_cast<const T*>(p.up), p.up_stride,
                      p.outputs, p.rank, results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
-                         T* const to = output + token * p.outputs + row;
-                         for (int64_t i = 0; i < count; i += kLanes) {
-                             Vec y = load(found + i);
-                             if (bias != nullptr) y += load_some(bias + row + i, count - i);
-                             store_some(to + i, y, count - i);
-                         }
+                         finish_rows<T>(found, bias == nullptr ? nullptr : bias + row, count,
+                                        output + token * p.outputs + row, nullptr);
                      });
     });
 }

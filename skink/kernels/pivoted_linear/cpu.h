@@ -25,17 +25,6 @@ inline size_t pivoted_linear_scratch(const PivotedLinear& p, const Pool& pool) {
     return static_cast<size_t>(plan_pivoted(p, pool).total + unordered) * sizeof(float);
 }
 
-// to[i] = found[i] + bias[i], rounded to T, for `count` results of one token; and in float32, where asked for.
-template <typename T>
-inline void finish_rows(const float* found, const T* bias, int64_t count, T* to, float* exact) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        Vec y = load(found + i);
-        if (bias != nullptr) y += load_some(bias + i, count - i);
-        store_some(to + i, y, count - i);
-        if (exact != nullptr) store_some(exact + i, y, count - i);
-    }
-}
-
 inline void pivoted_linear(const PivotedLinear& p, const Pool& pool, void* scratch) {
     with_type(p.dtype, [&](auto type) {
         using T = decltype(type);

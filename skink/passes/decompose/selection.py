@@ -22,6 +22,8 @@ _SCORING = frozenset(
 )
 _PICKING = frozenset({"topk", "argmax"})
 
+CUT_SHORT = "the limit of edits was reached before it"
+
 
 @dataclass(frozen=True)
 class LinearLayer:
@@ -93,9 +95,12 @@ class Choice:
         self.leave(layer, reason)
         self._refused.append(NoMatch(reason, layer.readers[0]))
 
-    def record(self, layer: LinearLayer, record: LayerRecord) -> None:
-        """Put down what was done to a layer."""
-        self._records[layer.weight] = record
+    def record(self, layer: LinearLayer, record: LayerRecord, *, done: bool = True) -> None:
+        """Put down what was done to a layer, or that the rewriter's limit came before it."""
+        if done:
+            self._records[layer.weight] = record
+        else:
+            self.leave(layer, CUT_SHORT)
 
     def result(self, rewriter: Rewriter, notes: Sequence[str] = ()) -> PassResult:
         """What the pass returns: one record for each layer, in the graph's order."""
@@ -108,8 +113,8 @@ def choose_layers(
 ) -> tuple[Choice, list[str]]:
     """The layers that a pass may work on, and notes on patterns that fit none.
 
-    They are what `keep` counts: the targets, or every linear layer, less those ignored and those that the graph speaks
-    against (output heads unless named, tied weights, thin factors, routers of experts).
+    They are what `keep` counts: the targets, or every linear layer, less those ignored, those that the graph speaks
+    against (output heads unless named, tied weights, thin factors, routers of experts) and those that are not finite.
 
     Args:
         program: with linear layers in view.
@@ -139,6 +144,8 @@ def choose_layers(
                 where=describe(layer.readers[0]),
                 fix="load the checkpoint with its weights, then capture again.",
             )
+        elif not torch.isfinite(program.weight(layer.weight)).all():
+            choice.refuse(layer, "the weight is not finite")
     return choice, notes
 
 

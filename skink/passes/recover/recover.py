@@ -9,7 +9,7 @@ sources. Several of these passes in a recipe are stages. Exactness: approximate;
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from skink.errors import check_range
+from skink.errors import RangeError, check_range
 from skink.graph.passes import Context, Pass, PassResult
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
@@ -122,14 +122,22 @@ class Recover(Pass):
     def __post_init__(self) -> None:
         check_range("recover.layers_at_once", self.layers_at_once, low=0, high=1 << 20)
         check_together(self)
-        # What is out of range is refused by those who use it.
-        self.terms()
-        self.train_options(seed=0, length=1)
-        self.lora()
+        try:
+            # What is out of range is refused by those who use it.
+            self.terms()
+            self.train_options(seed=0, length=1)
+            self.lora()
+        except RangeError as error:
+            raise error.of(self.name) from None
 
     @property
     def needs_original(self) -> bool:
         return self.train == "new" or self.terms().needs_teacher
+
+    def check_start(self, program: Program, original: Program) -> None:
+        from skink.training.losses.student import check_fit
+
+        check_fit(program, original, self.terms())
 
     def training_tokens(self, length: int) -> int:
         if self.steps is not None:

@@ -1,5 +1,6 @@
 """Layers that train in one reading of the text: one after the other on each micro-batch, with an optimizer each."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from skink.errors import RecoveryError
 from skink.training.layerwise.layer import Half, Layer
+from skink.training.loop.breakdown import breakdown
 from skink.training.loop.options import TrainOptions
 from skink.training.loop.state import LossScale
 from skink.training.loop.steps import adamw
@@ -46,15 +48,22 @@ class LayerGroup:
         self._scales = [LossScale() for _ in self.layers]
         self._weights = torch.tensor(weights)
         self._factors: list[Tensor] = []
+        self._steps = 0
 
     def measure(self, batches: Iterable[Batch]) -> list[float]:
-        """The loss of each layer that trains; the first time also what errors are measured against from then on."""
+        """The loss of each layer that trains; the first time also what errors are measured against from then on.
+
+        Raises:
+            RecoveryError: RECOVER-003 where a loss is not finite before the first step.
+        """
         squares = [torch.zeros(()).double()] * len(self.layers)
         sizes = list(squares)
         tokens = 0
+        sound = [torch.tensor(True)] * len(self.layers)
         for batch in batches:
             tokens += batch.tokens
             for place, layer, entry, exact in self._walk(batch):
+                sound[place] = _all_finite(exact) & sound[place]
                 squares[place] = squares[place] + layer.squares(batch.inputs, entry, exact, batch.real).double()
                 if not self._factors:
                     sizes[place] = sizes[place] + layer.sizes(entry, exact, batch.real)
@@ -62,7 +71,11 @@ class LayerGroup:
         if not self._factors:
             self._factors = [layer.factors(size, tokens) for layer, size in zip(self.layers, sizes, strict=True)]
         errors = [factors.double() @ square / tokens for factors, square in zip(self._factors, squares, strict=True)]
-        return [float((error.cpu() * self._weights).sum()) for error in errors]
+        losses = [float((error.cpu() * self._weights).sum()) for error in errors]
+        for layer, loss, finite in zip(self.layers, losses, sound, strict=True):
+            if not self._steps and not math.isfinite(loss):
+                raise self._broken(layer, "error", 0.0, taught=bool(finite))
+        return losses
 
     def step(self, batches: Iterable[Batch], tokens: int, rate: float) -> list[list[float]]:
         """Read one batch in parts, and change the weights: the relative error of each layer by kind, per token.
@@ -76,6 +89,7 @@ class LayerGroup:
             RecoveryError: RECOVER-003 where an error or a gradient is not finite.
         """
         errors = [torch.zeros(2, dtype=torch.float64) for _ in self.layers]
+        sound = [torch.tensor(True)] * len(self.layers)
         for batch in batches:
             for place, layer, entry, exact in self._walk(batch):
                 found = self._factors[place] @ layer.squares(batch.inputs, entry, exact, batch.real, training=True)
@@ -83,15 +97,17 @@ class LayerGroup:
                 scale = self._scales[place].value if self._options.precision == "float16" else 1.0
                 (loss * (scale / max(1, tokens))).backward()
                 errors[place] += found.detach().double().cpu()
+                sound[place] = _all_finite(exact) & sound[place]
                 # The insides of this layer are free before the next one runs.
                 del found, loss
         result = []
         for place, layer in enumerate(self.layers):
             error = errors[place] / max(1, tokens)
             if not bool(error.isfinite().all()):
-                raise self._not_finite(layer, "error", rate)
+                raise self._broken(layer, "error", rate, taught=bool(sound[place]))
             self._update(place, rate)
             result.append(error.tolist())
+        self._steps += 1
         return result
 
     def _walk(self, batch: Batch) -> Iterable[tuple[int, Layer, Sequence[Tensor], Sequence[Tensor]]]:
@@ -122,17 +138,17 @@ class LayerGroup:
                 entry["lr"] = rate
             optimizer.step()
         elif not half or scale.value < 1:
-            raise self._not_finite(self.layers[place], "gradient", rate)
+            raise self._broken(self.layers[place], "gradient", rate)
         optimizer.zero_grad()
 
-    def _not_finite(self, layer: Layer, what: str, rate: float) -> RecoveryError:
-        small = (
-            "" if self._options.precision == "float32" else f", precision=float32 instead of {self._options.precision}"
-        )
-        return RecoveryError(
-            "RECOVER-003",
-            f"training of {layer.piece.name} broke down: its {what} is not finite.",
-            why=f"the learning rate was {rate:.3g}.",
-            fix=f"try a lower learning_rate than {self._options.learning_rate:g}, a longer warmup{small}; "
-            "check that the model's weights are finite.",
-        )
+    def _broken(self, layer: Layer, what: str, rate: float, *, taught: bool = True) -> RecoveryError:
+        """What to raise where something is not finite; `taught`: what the layer is held to is."""
+        cause = layer.damaged() or ("" if taught else "the teacher gives values that are not finite for this text.")
+        at = f"at step {self._steps + 1}" if self._steps else ""
+        of = f"training of {layer.piece.name}"
+        return breakdown(f"its {what} is not finite", self._options, rate, of=of, at=at, cause=cause)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    # On their device, so that nothing waits for it.
+    return torch.stack([end.float() for tensor in tensors for end in tensor.aminmax()]).isfinite().all()

@@ -8,7 +8,7 @@ original's layer, and 1 a layer that does nothing. For attention outputs, and wh
 measure is |y| itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from skink.graph.calibration import counted_rows
 from skink.graph.program import Program
 from skink.graph.regions import plan_region, run_plan
 from skink.training.layerwise.pieces import Piece
+from skink.training.loop.breakdown import damaged
 from skink.training.loop.options import Precision
 
 
@@ -143,7 +144,8 @@ class Layer:
     def __init__(
         self, original: Program, program: Program, piece: Piece, targets: Sequence[Target], precision: Precision
     ) -> None:
-        self.piece, self._targets, self._precision, self._program = piece, targets, precision, program
+        self.piece, self._targets, self._precision = piece, targets, precision
+        self._original, self._program = original, program
         self.weights = {
             name: nn.Parameter(program.weight(name).detach().to(torch.float32, copy=True)) for name in piece.trained
         }
@@ -163,6 +165,13 @@ class Layer:
         """Give the weights that train the values that they had at first."""
         for name, weight in self.weights.items():
             weight.data.copy_(self._program.weight(name))
+
+    def damaged(self) -> str:
+        """Which weight is the first that was not finite before training, a sentence; empty where all were."""
+        made = [target.student for target in self._targets]
+        return damaged(_read(self._original, self.piece.end.teacher, ()), "the teacher's") or damaged(
+            _read(self._program, made, self.piece.begin.student)
+        )
 
     def exact(self, inputs: Mapping[str, Tensor], entry: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The original's values: what the next layer receives, and what the program's layer is held to."""
@@ -211,6 +220,12 @@ class Layer:
         for index, target in enumerate(self._targets):
             result[target.kind, index] = target.share / measures[index]
         return result
+
+
+def _read(program: Program, results: Sequence[fx.Node], entry: Sequence[fx.Node]) -> Iterator[tuple[str, Tensor]]:
+    """The weights that results depend on, buffers aside, which may hold a mask."""
+    names = [str(node.target) for node, _ in plan_region(program.graph, results, entry) if node.op == "get_attr"]
+    return ((name, program.weight(name)) for name in names if name not in program.buffers)
 
 
 def _square(one: Tensor, two: Tensor | None, real: Tensor | None) -> Tensor:

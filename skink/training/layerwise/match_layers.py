@@ -26,6 +26,7 @@ from skink.training.layerwise.record import KINDS, MatchingRecord
 from skink.training.layerwise.run import Job, LayerRun
 from skink.training.loop.options import TrainOptions
 from skink.training.loop.processes import processes
+from skink.training.loop.steps import check_text
 from skink.training.losses.objectives import Terms
 from skink.training.losses.places import corresponding
 from skink.training.weights.trainable import trainable_names
@@ -74,11 +75,10 @@ def match_layers(
         OptionError: OPTION-002 for other terms, or sharding.
         OutputError: OUTPUT-002 where there is no space for values or checkpoints.
         RecoveryError: RECOVER-001 where nothing trains, -003 not finite, -004 no checkpoint that can be read, -007 no
-            layers that correspond, -008 no window, -010 a weight beyond its dtype.
+            layers that correspond, -008 no text, -010 a weight beyond its dtype.
     """
     _check(terms, options, layers_at_once, held_bytes)
-    if not text.tokens.numel():
-        raise RecoveryError("RECOVER-008", "the training text has no window.", fix="give more text.")
+    check_text(text)
     if checkpoints is not None and not identity:
         raise ValueError("checkpoints of layers need an identity")
     names = trainable_names(program, original, train, ignore=ignore)

@@ -116,7 +116,7 @@ def _weights_between(program: Program, begin: Cut, end: Cut, names: Collection[s
 
 def _read_elsewhere(program: Program, cuts: Sequence[Cut], names: Collection[str]) -> set[str]:
     """Weights that are read before the first cut, or behind the last."""
-    output = next(node for node in program.graph.nodes if node.op == "output")
+    output = program.graph.output_node()
     before = plan_region(program.graph, cuts[0].student, ())
     behind = plan_region(program.graph, [output], cuts[-1].student)
     return {str(node.target) for node, _ in (*before, *behind) if node.op == "get_attr" and node.target in names}
@@ -141,7 +141,7 @@ class _Timeline:
         shape_context(program)
         self._program = program
         derived = derived_from_inputs(program)
-        output = next(node for node in program.graph.nodes if node.op == "output")
+        output = program.graph.output_node()
         needed = [node for node, _ in plan_region(program.graph, [output], ()) if node.op == "call_function"]
         self._order = [node for node in needed if node not in derived]
         place = {node: index for index, node in enumerate(self._order)}

@@ -11,24 +11,20 @@ import torch
 from torch import Tensor
 
 from skink.errors import RecoveryError, SkinkError
-from skink.graph.calibration import real_tokens, token_batches
-from skink.graph.program import PADDING_INPUT, Program
+from skink.graph.program import Program
 from skink.graph.windows import Windows
 from skink.training.layerwise.group import Batch, LayerGroup
 from skink.training.layerwise.layer import Half, Layer, Target, weights_for
 from skink.training.layerwise.pieces import Piece
+from skink.training.layerwise.reading import Reading
 from skink.training.layerwise.record import MatchingRecord, Outcome, record_of
 from skink.training.layerwise.streams import Streams
 from skink.training.loop import checkpoint
 from skink.training.loop.options import TrainOptions
-from skink.training.loop.order import Order, text_lengths
 from skink.training.loop.pace import Pace
 from skink.training.loop.processes import Processes
-from skink.training.loop.steps import rate_of, windows_read
+from skink.training.loop.steps import rate_of
 from skink.training.weights.trainable import rounded
-
-# Tokens of the text that layers' changes and errors are measured on, before and after.
-_MEASURED = 2**15
 
 
 @dataclass(frozen=True)
@@ -77,16 +73,9 @@ class LayerRun:
         self.folder, self.identity = folder, identity
         self.progress: Callable[[int, int], None] | None = None
         self.status: Callable[[str], None] | None = None
-        self.text, self.order = text, Order(len(text.tokens), options.seed)
-        self.lengths = text_lengths(text)
-        self.places = windows_read(text, self.order, options)
-        self.steps = -(-self.places // options.batch)
-        # Values are held for the windows that some step reads, and for no others.
-        self.used = torch.arange(len(text.tokens))
-        if self.places < len(text.tokens):
-            self.used = self.order.rows(0, self.places).sort().values
+        self.reading = Reading(program, text, options)
         self.device = next((tensor.device for _, tensor in program.weights()), torch.device("cpu"))
-        self.streams = Streams(len(self.used), held_bytes)
+        self.streams = Streams(self.reading.count, held_bytes)
         self.outcomes: dict[int, Outcome] = {}
         self.resumed: set[int] = set()
         self._done, self._total, self._tokens_left = 0, 0, 0
@@ -119,47 +108,18 @@ class LayerRun:
 
     def _plan(self, owner: Mapping[int, int], groups: Sequence[Sequence[Job]]) -> None:
         """How many micro-batches there are to do."""
-        size = self._size()
-        reading = -(-len(self.used) // size)
-        training = sum(-(-len(self._rows(step)) // size) for step in range(self.steps))
-        training += 2 * -(-len(self._sample()) // size)
+        text = self.reading
+        training = sum(text.parts(text.step(step)) for step in range(text.steps)) + 2 * text.parts(text.sample())
         mine = sum(any(self._is_mine(job, owner) for job in jobs) for jobs in groups)
-        self._total = reading * (1 + sum(map(len, groups[:-1]))) + training * mine
-        step = self._tokens(self.used) / len(self.used) * self.options.batch
-        self._tokens_left = int(step * self.steps * mine)
-
-    def _sample(self) -> Tensor:
-        """The windows that layers are measured on, evenly spread."""
-        count = min(len(self.used), max(1, _MEASURED // self.text.tokens.shape[1]))
-        return torch.linspace(0, len(self.used) - 1, count).round().long()
-
-    def _size(self) -> int:
-        return self.options.micro_batch or self.options.batch
-
-    def _rows(self, step: int) -> Tensor:
-        """The windows of a step, by their places among those that are held."""
-        start = step * self.options.batch
-        rows = self.order.rows(start, min(start + self.options.batch, self.places))
-        return torch.searchsorted(self.used, rows)
-
-    def _tokens(self, rows: Tensor) -> int:
-        """How many tokens of text the windows hold."""
-        if self.lengths is None:
-            return len(rows) * self.text.tokens.shape[1]
-        return int(self.lengths[self.used[rows]].sum())
-
-    def _inputs(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The programs' inputs for some windows, and which of their tokens count."""
-        chosen = self.used[rows]
-        padding = None if self.text.padding is None else self.text.padding[chosen]
-        inputs = token_batches(self.program, self.text.tokens[chosen], batch=len(rows), padding=padding)[0]
-        return inputs, real_tokens(inputs) if PADDING_INPUT in inputs else None
+        self._total = text.parts(text.all()) * (1 + sum(map(len, groups[:-1]))) + training * mine
+        self._tokens_left = sum(text.tokens(text.step(step)) for step in range(text.steps)) * mine
 
     def _batches(self, rows: Tensor) -> Iterator[Batch]:
         """Some windows with the values that the next layers receive, in micro-batches."""
-        for part in rows.split(self._size()):
-            inputs, real = self._inputs(part)
-            yield Batch(inputs, [value.to(self.device) for value in self.streams.read(part)], real, self._tokens(part))
+        for part in rows.split(self.reading.size):
+            inputs, real = self.reading.inputs(part)
+            entry = [value.to(self.device) for value in self.streams.read(part)]
+            yield Batch(inputs, entry, real, self.reading.tokens(part))
             self._report()
 
     def _report(self) -> None:
@@ -180,8 +140,8 @@ class LayerRun:
         self._pass_through(Half(self.original, begin, end, frozen))
 
     def _pass_through(self, half: Half, *, wide: bool = False) -> None:
-        for rows in torch.arange(len(self.used)).split(self._size()):
-            inputs, _ = self._inputs(rows)
+        for rows in self.reading.all().split(self.reading.size):
+            inputs, _ = self.reading.inputs(rows)
             values = half.run(inputs, [value.to(self.device) for value in self.streams.read(rows)])
             if wide and self.options.precision == "float32":
                 values = [value.float() if value.is_floating_point() else value for value in values]
@@ -194,16 +154,16 @@ class LayerRun:
         mine = [job for job in jobs if self._is_mine(job, owner)]
         if not mine:
             return
-        began = time.perf_counter()
+        began, text = time.perf_counter(), self.reading
         group = LayerGroup([self._member(job, job in mine) for job in jobs], self.options, self.weights)
-        outcomes = [Outcome(before=loss) for loss in group.measure(self._batches(self._sample()))]
-        for step in range(self.steps):
-            rows = self._rows(step)
-            errors = group.step(self._batches(rows), self._tokens(rows), rate_of(step, self.steps, self.options))
+        outcomes = [Outcome(before=loss) for loss in group.measure(self._batches(text.sample()))]
+        for step in range(text.steps):
+            rows = text.step(step)
+            errors = group.step(self._batches(rows), text.tokens(rows), rate_of(step, text.steps, self.options))
             for outcome, error in zip(outcomes, errors, strict=True):
                 outcome.errors.append(error)
-            self._say(mine, errors, self._tokens(rows))
-        for outcome, loss in zip(outcomes, group.measure(self._batches(self._sample())), strict=True):
+            self._say(mine, errors, text.tokens(rows))
+        for outcome, loss in zip(outcomes, group.measure(self._batches(text.sample())), strict=True):
             outcome.after = loss
             outcome.seconds = (time.perf_counter() - began) / len(mine)
         for job, layer, outcome in zip(mine, group.layers, outcomes, strict=True):
@@ -240,7 +200,7 @@ class LayerRun:
         if self.folder is not None:
             checkpoint.write(
                 self.folder / _folder(job),
-                step=self.steps,
+                step=self.reading.steps,
                 identity=self.identity,
                 state=dataclasses.asdict(outcome),
                 tensors=dict(layer.weights),
@@ -278,7 +238,7 @@ class LayerRun:
             if not job.trains:
                 continue
             index = job.piece.index
-            outcome = self.outcomes.setdefault(index, Outcome(errors=[[0.0, 0.0]] * self.steps))
+            outcome = self.outcomes.setdefault(index, Outcome(errors=[[0.0, 0.0]] * self.reading.steps))
             numbers = [outcome.before, outcome.after, outcome.seconds, float(index in self.resumed)]
             numbers += [value for error in outcome.errors for value in error]
             every = self.group.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
@@ -287,12 +247,14 @@ class LayerRun:
             if every[3]:
                 self.resumed.add(index)
             for name in job.piece.trained:
-                tensor = self.program.weight(name).detach().clone()
+                # Some are stored transposed, which messages between processes cannot be.
+                tensor = self.program.weight(name).detach().clone(memory_format=torch.contiguous_format)
                 torch.distributed.broadcast(tensor, owner[index])
                 self.program.set_weight(name, tensor)
 
     def _record(self) -> MatchingRecord:
-        tokens = list(accumulate(self._tokens(self._rows(step)) for step in range(self.steps)))
+        text = self.reading
+        tokens = list(accumulate(text.tokens(text.step(step)) for step in range(text.steps)))
         trained = [job.piece for job in self.jobs if job.trains]
         outcomes = [(piece, self.outcomes[piece.index]) for piece in trained]
         return record_of(

@@ -68,7 +68,11 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
             path = Path(folder) / "values"
             with path.open("wb") as file:
                 # Space is taken now: writing to a hole in a mapped file would kill the process when the disk is full.
-                os.posix_fallocate(file.fileno(), 0, size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    # macOS and Windows have no such call.
+                    file.truncate(size)
             return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     except OSError as error:
         raise OutputError(

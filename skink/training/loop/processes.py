@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from skink.settings import settings
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -161,6 +163,22 @@ def wait_patiently() -> None:
     patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     torch.distributed.barrier(patient)
     torch.distributed.destroy_process_group(patient)
+
+
+def wait_for_all(device: str = "cpu") -> None:
+    """Go on when all processes that were started together are here, at once where there is one.
+
+    Args:
+        device: where they work: who meets before they train is connected for that.
+    """
+    if settings().processes == 1:
+        return
+    if not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=torch.device(device).type == "cpu")
+    # The first process may measure for hours while the others wait.
+    wait_patiently()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -145,15 +145,20 @@ class Saved:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.group.device)
 
 
-def run_identity(trained: dict[str, nn.Parameter], texts: list[Windows | None], options: TrainOptions) -> str:
-    """What tells a run from others: a hash of its options, its texts and the weights that it begins with."""
+def run_identity(module: nn.Module, texts: list[Windows | None], options: TrainOptions) -> str:
+    """What tells a run from others: a hash of its options, its texts and all weights, frozen ones too."""
     found = hashlib.sha256(json.dumps(options.as_dict(), sort_keys=True).encode())
     for windows in texts:
         for tensor in () if windows is None else (windows.tokens, windows.padding):
             found.update(repr(None if tensor is None else tensor.shape).encode())
             for part in () if tensor is None else tensor.split(4096):
-                found.update(part.cpu().contiguous().numpy().tobytes())
-    for name, parameter in trained.items():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+                found.update(_bytes(part))
+    for name, parameter in module.named_parameters():
+        found.update(f"{name} {parameter.requires_grad} {tuple(parameter.shape)}".encode())
+        found.update(_bytes(parameter))
     return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    # As bytes, since NumPy has no bfloat16.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

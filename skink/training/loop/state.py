@@ -60,7 +60,7 @@ class RunState:
     scale: LossScale = field(default_factory=LossScale)
 
     def evaluated(self, loss: float, patience: int) -> bool:
-        """Note a held-out loss; whether it is the best so far. A loss that is not a number is never the best."""
+        """Note a held-out loss, a finite number; whether it is the best so far."""
         self.held_out.append((self.tokens, loss))
         better = self.best is None or loss < self.best[1]
         if better:

@@ -5,10 +5,31 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from skink.errors import RecoveryError
 from skink.graph.windows import Windows
 from skink.training.loop.options import TrainOptions
 from skink.training.loop.order import Order, text_lengths
 from skink.training.loop.schedule import learning_rate
+
+
+def check_text(text: Windows, what: str = "training") -> None:
+    """Refuse text in which there is nothing to read.
+
+    Args:
+        text: windows.
+        what: it is for, in the message.
+
+    Raises:
+        RecoveryError: RECOVER-008.
+    """
+    if not text.tokens.numel():
+        raise RecoveryError("RECOVER-008", f"the {what} text has no window.", fix="give more text.")
+    if text.padding is not None and not bool(text.padding.any()):
+        raise RecoveryError(
+            "RECOVER-008",
+            f"the {what} text is padding alone.",
+            fix="give padding as an attention mask: 1 for text, 0 for padding.",
+        )
 
 
 def windows_read(text: Windows, order: Order, options: TrainOptions) -> int:

@@ -8,8 +8,9 @@ Which windows a step reads and its learning rate follow from the step's number. 
 it had never been interrupted: on one process, to the same bits.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 from skink.errors import RecoveryError
 from skink.graph.windows import Windows
+from skink.training.loop.breakdown import Taught, breakdown, damaged, input_fault
 from skink.training.loop.options import TrainingRecord, TrainOptions
 from skink.training.loop.order import Order, text_lengths
 from skink.training.loop.pace import Pace
 from skink.training.loop.processes import Processes, processes, whole
 from skink.training.loop.saving import Saved, run_identity
 from skink.training.loop.state import RunState
-from skink.training.loop.steps import adamw, rate_of, windows_read
+from skink.training.loop.steps import adamw, check_text, rate_of, windows_read
 from skink.training.loop.sums import Sums
 
 __all__ = ["TrainOptions", "TrainingRecord", "train"]
@@ -67,25 +69,27 @@ def train(
         status: told loss, tokens a second and the time left, in process 0.
 
     Raises:
-        RecoveryError: RECOVER-003 loss or gradient not finite, -004 no checkpoint that can be read, -008 no window.
+        RecoveryError: RECOVER-003 loss or gradient not finite, -004 no checkpoint that can be read, -008 no text.
     """
-    if not text.tokens.numel():
-        raise RecoveryError("RECOVER-008", "the training text has no window.", fix="give more text.")
+    check_text(text)
+    if held_out is not None:
+        check_text(held_out, "held-out")
     trained = {name: entry for name, entry in module.named_parameters() if entry.requires_grad}
     if not trained:
         raise ValueError("no parameter of the module requires gradients")
     for parameter in trained.values():
         # Some are stored transposed, which messages between processes cannot be.
         parameter.data = parameter.data.float().contiguous()
+    damage = damaged(module.own_weights() if isinstance(module, Taught) else module.named_parameters())
     if checkpoints and not identity:
-        identity = run_identity(trained, [text, held_out], options)
+        identity = run_identity(module, [text, held_out], options)
     device = next(module.parameters()).device
     with processes(device, options.sharding) as group, _own_randomness(group.device), _modes(module):
         torch.manual_seed(options.seed + group.index)
         group.start(module, list(trained.values()))
         identity = group.first(identity)
         folder = checkpoints / f"recover-{identity[:12]}" if checkpoints else None
-        run = _Run(module, text, options, make_inputs, held_out, group, folder, identity)
+        run = _Run(module, text, options, make_inputs, held_out, group, folder, identity, damage)
         record = run.go(progress if group.main else None, status if group.main else None)
         group.finish(module)
     return record
@@ -104,9 +108,10 @@ class _Run:
         group: Processes,
         folder: Path | None,
         identity: str,
+        damage: str,
     ) -> None:
         self.module, self.text, self.options, self.make_inputs, self.group = module, text, options, make_inputs, group
-        self.held_out = held_out if options.evaluate_every else None
+        self.held_out, self.damage = held_out if options.evaluate_every else None, damage
         # Sharding has put other objects into the place of parameters.
         self.trained = {name: entry for name, entry in module.named_parameters() if entry.requires_grad}
         self.optimizer = adamw(self.trained.values(), options)
@@ -154,15 +159,21 @@ class _Run:
         # Near the count that divides at the end, so that sums stay in the range of a mean.
         near = len(rows) * self.text.tokens.shape[1]
         sums = Sums()
-        for part in self.group.share(rows, options.micro_batch):
+        parts = self.group.share(rows, options.micro_batch)
+        for part in parts:
             # A process whose share is shorter takes part in the work of others with a window that does not count.
             found = self._forward(self.text, part if len(part) else rows[:1])
             (found["loss"] * (scale / near if len(part) else 0.0)).backward()
             sums.add(found, counts=bool(len(part)))
         means, counted = sums.means(self.group)
-        rate = rate_of(self.state.step, self.steps, self.options)
-        self._check(means, rate)
-        self._update(near / (scale * counted), rate)
+        # The terms first: they say more than their sum.
+        for name, value in sorted(means.items(), key=lambda entry: entry[0] == "loss"):
+            if not math.isfinite(value):
+                what = f"its term {name!r}" if name != "loss" else "its loss"
+                raise self._broken(f"{what} is {value}", self.text, parts)
+        norm = self._update(near / (scale * counted))
+        if not (math.isfinite(norm) or (options.precision == "float16" and state.scale.value >= 1)):
+            raise self._broken(f"its gradient is {norm}", self.text, parts)
         state.step += 1
         state.tokens += len(rows) * self.text.tokens.shape[1] if self.lengths is None else int(self.lengths[rows].sum())
         loss: float = means.pop("loss")
@@ -171,13 +182,13 @@ class _Run:
             state.terms.setdefault(name, []).append(value)
         return loss
 
-    def _update(self, factor: float, rate: float) -> None:
-        """Let the optimizer use the gradients times `factor`, clipped; float16 leaves out a step that overflows."""
+    def _update(self, factor: float) -> float:
+        """Let the optimizer use the gradients times `factor`, clipped, unless they overflow; the norm that they had."""
         parameters = list(self.trained.values())
         self.group.sum_gradients(parameters)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(grads)).item() * factor
-        finite = norm < float("inf")
+        finite = math.isfinite(norm)
         if self.options.precision == "float16":
             self.state.scale.update(finite)
         if finite:
@@ -186,34 +197,20 @@ class _Run:
             for grad in grads:
                 grad.mul_(factor)
             for entry in self.optimizer.param_groups:
-                entry["lr"] = rate
+                entry["lr"] = rate_of(self.state.step, self.steps, self.options)
             self.optimizer.step()
-        elif self.options.precision != "float16" or self.state.scale.value < 1:
-            raise self._not_finite("its gradient", norm, rate)
         self.optimizer.zero_grad()
+        return norm
 
-    def _check(self, means: dict[str, float], rate: float) -> None:
-        for name, value in sorted(means.items(), key=lambda entry: entry[0] == "loss"):
-            if not abs(value) < float("inf"):
-                raise self._not_finite(f"its term {name!r}" if name != "loss" else "its loss", value, rate)
-
-    def _not_finite(self, what: str, value: float, rate: float) -> RecoveryError:
-        precision = self.options.precision
-        small = "" if precision == "float32" else f", precision=float32 instead of {precision}"
-        if not self.state.step:
-            return RecoveryError(
-                "RECOVER-003",
-                f"training cannot begin: {what} is {value}.",
-                why="no step was made yet: the model, or what it learns from, computes this as it is.",
-                fix=f"check that the weights of both are finite{small and ', or try' + small[1:]}.",
-            )
-        return RecoveryError(
-            "RECOVER-003",
-            f"training broke down at step {self.state.step + 1} of {self.steps}: {what} is {value}.",
-            why=f"the learning rate was {rate:.3g}, after {self.state.tokens:,} tokens.",
-            fix=f"try a lower learning_rate than {self.options.learning_rate:g}, a longer warmup{small}; "
-            "check that the model's weights are finite.",
-        )
+    def _broken(self, what: str, windows: Windows, parts: Iterable[Tensor]) -> RecoveryError:
+        """What to raise where something is not finite, after these micro-batches."""
+        state = self.state
+        taught = self.module if isinstance(self.module, Taught) else None
+        inputs = (self._inputs(windows, part) for part in parts if len(part))
+        cause = self.damage or next(filter(None, (input_fault(entry, taught) for entry in inputs)), "")
+        at = f"at step {state.step + 1} of {self.steps}" if state.step else ""
+        rate = rate_of(state.step, self.steps, self.options)
+        return breakdown(what, self.options, rate, at=at, tokens=state.tokens, cause=cause)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -224,24 +221,26 @@ class _Run:
         rows = torch.arange(len(self.held_out.tokens))
         sums = Sums()
         with _modes(self.module, training=False):
-            for part in self.group.share(rows, size):
+            parts = self.group.share(rows, size)
+            for part in parts:
                 sums.add(self._forward(self.held_out, part if len(part) else rows[:1]), counts=bool(len(part)))
         means, _ = sums.means(self.group)
         loss = means["ce" if "ce" in means else "loss"]
-        if not abs(loss) < float("inf"):
-            raise self._not_finite(
-                "its loss on held-out text", loss, rate_of(self.state.step, self.steps, self.options)
-            )
+        if not math.isfinite(loss):
+            raise self._broken(f"its loss on held-out text is {loss}", self.held_out, parts)
         if self.state.evaluated(loss, self.options.patience):
             self.saved.keep_best()
 
     def _forward(self, windows: Windows, rows: Tensor) -> dict[str, Tensor]:
-        tokens = windows.tokens[rows].to(self.group.device)
-        padding = None if windows.padding is None else windows.padding[rows].to(self.group.device)
         dtype = _AUTOCAST.get(self.options.precision)
         with torch.autocast(self.group.device.type, dtype=dtype) if dtype else nullcontext():
-            found: dict[str, Tensor] = self.module(**self.make_inputs(tokens, padding))
+            found: dict[str, Tensor] = self.module(**self._inputs(windows, rows))
         return found
+
+    def _inputs(self, windows: Windows, rows: Tensor) -> dict[str, Tensor]:
+        tokens = windows.tokens[rows].to(self.group.device)
+        padding = None if windows.padding is None else windows.padding[rows].to(self.group.device)
+        return self.make_inputs(tokens, padding)
 
     def _due(self, every: int, before: int) -> bool:
         """Whether a multiple of `every` tokens was passed in the step that ended, or it was the last one."""

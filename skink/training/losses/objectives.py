@@ -239,7 +239,8 @@ def _mean(log_share: Tensor, values: Tensor) -> Tensor:
 
 def _weighed(log_share: Tensor, values: Tensor) -> Tensor:
     share = log_share.exp()
-    return torch.where(share > 0, share * values, 0.0)
+    # Not share > 0: a share that is not a number must not vanish.
+    return torch.where(share == 0, 0.0, share * values)
 
 
 def _ce(chunk: _Chunk) -> Tensor:

@@ -8,7 +8,7 @@ through.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,8 +18,8 @@ from skink.graph.emit import embedding_owner, linear_owner
 from skink.graph.program import PADDING_INPUT, Program
 from skink.graph.regions import kernel_for, plan_region, split_regions
 from skink.graph.state import without_padding
-
-Precision = Literal["float32", "bfloat16", "float16"]
+from skink.training.loop.breakdown import damaged
+from skink.training.loop.options import Precision
 
 # What weights may be stored in, and products be computed in; sums and norms never are.
 LOW = (torch.float16, torch.bfloat16)
@@ -59,6 +59,7 @@ class StoredWeights:
 
     def __init__(self, program: Program) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in program.weights()}
+        self._buffers = program.buffers
 
     def layer(self, path: str) -> Callable[[Tensor], Tensor] | None:
         """None: there are no layers."""
@@ -67,6 +68,11 @@ class StoredWeights:
     def tensor(self, name: str) -> Tensor:
         """The weight of this name."""
         return self._tensors[name]
+
+    def damaged(self) -> str:
+        """Which is the first that is not finite, a sentence; empty where all are. Buffers may hold a mask."""
+        trained = ((name, tensor) for name, tensor in self._tensors.items() if name not in self._buffers)
+        return damaged(trained, "the teacher's")
 
     def __deepcopy__(self, memo: Any) -> "StoredWeights":
         # Tensors are shared, since nothing writes to them; moving one of the two leaves the other where it is.

@@ -1,6 +1,6 @@
 """`Student`: a program as a module that trains, with the loss against the text and against the program it came from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
@@ -9,11 +9,14 @@ from torch import Tensor, fx, nn
 
 from skink.errors import GraphError, OptionError, RecoveryError, suggest
 from skink.graph.dtypes import with_dtype
+from skink.graph.output_heads import results_by_name
 from skink.graph.program import PADDING_INPUT, Input, Program
 from skink.kernels import ATTENTION
+from skink.training.loop.breakdown import is_finite
+from skink.training.loop.options import Precision
 from skink.training.losses.objectives import Terms, counted_positions, logit_sums
 from skink.training.losses.places import corresponding, holds_tokens, relative_error
-from skink.training.losses.segments import LOW, ModuleWeights, Precision, Runs, StoredWeights
+from skink.training.losses.segments import LOW, ModuleWeights, Runs, StoredWeights
 
 aten = torch.ops.aten
 
@@ -103,11 +106,7 @@ class Student(nn.Module):
         """
         self._check(inputs)
         tokens, mask = inputs[self._tokens], inputs.get(PADDING_INPUT)
-        exact: list[Any] = []
-        if self._teacher is not None:
-            self._teacher.move(lambda tensor: tokens.device)
-            with torch.no_grad(), self._autocast(tokens.device):
-                exact = self._teacher_run.run(self._teacher, inputs)
+        exact = self._taught(inputs)
         with self._autocast(tokens.device):
             made = self._run.run(ModuleWeights(self.model), inputs)
         sums: dict[str, Tensor] = {}
@@ -123,6 +122,16 @@ class Student(nn.Module):
         weighted = [weight * sums[name] for name, weight in self.terms.weights().items()]
         return {"loss": torch.stack(weighted).sum(), **{name: value.detach() for name, value in sums.items()}}
 
+    def own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters by the program's names; with adapters, theirs beside them."""
+        return ((name.replace(".base_layer.", "."), entry) for name, entry in self.model.named_parameters())
+
+    def teacher_fault(self, inputs: Mapping[str, Tensor]) -> str:
+        """What of the teacher is not finite for these inputs, a sentence; empty where all is."""
+        if self._teacher is None or all(is_finite(value) for value in self._taught(inputs)):
+            return ""
+        return self._teacher.damaged() or "the teacher gives values that are not finite for this text."
+
     @property
     def idle(self) -> frozenset[str]:
         """Names of the program's weights that the loss does not depend on: without logits, the output head's, say."""
@@ -134,6 +143,15 @@ class Student(nn.Module):
             # Where the function puts a tensor is asked with an empty one, so that nothing else is done to the teacher.
             self._teacher.move(lambda tensor: fn(tensor.new_empty(0)).device)
         return self
+
+    def _taught(self, inputs: Mapping[str, Tensor]) -> list[Any]:
+        """The teacher's values, of logits and places; none without a teacher."""
+        device = inputs[self._tokens].device
+        if self._teacher is None:
+            return []
+        self._teacher.move(lambda tensor: device)
+        with torch.no_grad(), self._autocast(device):
+            return self._teacher_run.run(self._teacher, inputs)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -158,6 +176,18 @@ class Student(nn.Module):
             )
 
 
+def check_fit(program: Program, original: Program | None, terms: Terms) -> None:
+    """Refuse a loss that a model has not, and a teacher that cannot teach it.
+
+    Raises:
+        OptionError: OPTION-002.
+        RecoveryError: RECOVER-006.
+    """
+    _check_logits(program, terms)
+    if terms.needs_teacher:
+        _fitting(original, program)
+
+
 def main_input(program: Program) -> Input:
     """The input that gives a program its tokens: `input_ids`, or else the first."""
     return next((entry for entry in program.inputs if entry.name == "input_ids"), program.inputs[0])
@@ -179,9 +209,7 @@ def _own_tensors(module: nn.Module, *, widen: bool, copy: bool) -> None:
 
 def _logits(program: Program) -> fx.Node | None:
     """The logits of each token, float[B, T, V]; None where a program has no such output."""
-    output = program.graph.output_node().args[0]
-    results = output if isinstance(output, list | tuple) else (output,)
-    node = dict(zip(program.outputs, results, strict=False)).get("logits")
+    node = results_by_name(program).get("logits")
     fits = isinstance(node, fx.Node) and node.meta["val"].dim() == 3 and holds_tokens(program, node)
     return node if fits and main_input(program).name == "input_ids" else None
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from skink.graph.pipeline import Pipeline
 from skink.graph.rewriter import Rewriter
+from skink.passes.decompose import BasisSharing, LowRank, ReduceWidth, Tucker
 from skink.passes.decompose.factorize.pivoted import pivoted
 from skink.passes.decompose.replacement import (
     factored,
@@ -12,7 +14,8 @@ from skink.passes.decompose.replacement import (
     replace_by_shared_input,
 )
 from skink.passes.decompose.selection import linear_layers
-from tests.passes.decompose.programs import Block, captured
+from tests.graph.programs import canonical
+from tests.passes.decompose.programs import Block, captured, text
 
 FACTORS = [f"first.{name}.{kind}" for name in ("kept", "rest") for kind in ("weight", "bias")]
 
@@ -136,3 +139,30 @@ def test_names_that_are_free():
     assert free_prefix(program, "matrix") == "matrix_factored."
     record = factored(layers[0], 3, 120, predicted_loss=0.25)
     assert (record.decision, record.rank, record.parameters_after, record.predicted_loss) == ("factored", 3, 120, 0.25)
+
+
+@pytest.mark.parametrize("cut_short", [0, 1, 3, None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        LowRank(keep=0.5),
+        LowRank(keep=0.5, form="thin", allocation="uniform", share_inputs=True),
+        BasisSharing(keep=0.6, method="whitened"),
+        Tucker(rank=0.5),
+        ReduceWidth(keep=0.8),
+    ],
+    ids=str,
+)
+def test_a_pass_claims_no_more_than_its_edits_did(options, cut_short):
+    program = canonical("llama").clone()
+    before = sum(tensor.numel() for _, tensor in program.weights())
+    limit = None if cut_short is None else len(program.edits) + cut_short
+    done = Pipeline((options,), start=program.stage).attempt(program, calibration=text(), verify=1, limit=limit)
+    assert done.error is None
+    claimed = sum(
+        record.parameters_before - record.parameters_after
+        for record in (done.result.passes[0].result.layers if done.result.passes else ())
+    )
+    # Integers that say where outputs or columns are, and no parameters.
+    places = sum(tensor.numel() for name, tensor in program.weights() if name.endswith((".order", ".rotary_columns")))
+    assert before - claimed == sum(tensor.numel() for _, tensor in program.weights()) - places

@@ -155,10 +155,15 @@ def test_what_is_saved_says_what_was_left_open(options: str) -> None:
         ("lora=1", r"\[OPTION-001\] recover has no option 'lora'"),
         ("learning-rate=1", r"did you mean 'learning_rate'\?"),
         ("train=lorra", r"\[OPTION-003\] recover.train='lorra' is none of its choices.\n  fix: did you mean 'lora'\?"),
-        ("ce=-1", r"\[OPTION-002\] ce=-1.0 is out of range"),
+        ("ce=-1", r"\[OPTION-002\] recover.ce=-1.0 is out of range"),
         ("ce=0", r"\[OPTION-002\] no term of the loss has a weight above 0."),
-        ("batch=0", r"\[OPTION-002\] batch=0 is out of range"),
-        ("rank=0,train=lora", r"\[OPTION-002\] rank=0 is out of range"),
+        ("tokens=0", r"\[OPTION-002\] recover.tokens=0 is out of range \[1, inf\).\n  fix: choose recover.tokens in"),
+        ("steps=0", r"\[OPTION-002\] recover.steps=0 is out of range"),
+        ("batch=0", r"\[OPTION-002\] recover.batch=0 is out of range"),
+        ("temperature=0", r"\[OPTION-002\] recover.temperature=0.0 is out of range"),
+        ("rank=0,train=lora", r"\[OPTION-002\] recover.rank=0 is out of range"),
+        ("micro_batch=-1", r"\[OPTION-002\] recover.micro_batch=-1 is out of range"),
+        ("layers_at_once=-1,by=layer", r"\[OPTION-002\] recover.layers_at_once=-1 is out of range"),
     ],
 )
 def test_options_are_refused_when_they_are_read(options: str, message: str) -> None:

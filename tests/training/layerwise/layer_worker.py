@@ -55,6 +55,9 @@ def programs() -> tuple[Program, Program]:
     program = original.clone()
     for name, tensor in original.weights():
         program.set_weight(name, tensor + 0.1 * torch.randn_like(tensor))
+    # As GPT-2 has its weights.
+    name = "layers.1.up.weight"
+    program.set_weight(name, program.weight(name).T.contiguous().T)
     return original, program
 
 

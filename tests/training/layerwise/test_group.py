@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,14 @@ from tests.models import VOCABULARY
 from tests.training.layerwise.factored import factored
 
 
-def group(trains: tuple[bool, bool] = (True, True), **changed: Any) -> tuple[LayerGroup, list[Batch]]:
-    """Both layers of a llama, and two batches that come to the first."""
+def group(
+    trains: tuple[bool, bool] = (True, True), damaged: str = "", **changed: Any
+) -> tuple[LayerGroup, list[Batch]]:
+    """Both layers of a llama, of whose original a weight may be damaged, and two batches that come to the first."""
     program, original = factored()
+    if damaged:
+        original = original.clone()
+        original.set_weight(damaged, torch.full_like(original.weight(damaged), torch.nan))
     options = TrainOptions(**{"learning_rate": 1e-2, **changed})
     pieces = cut_pieces(original, program, trainable_names(program, original, "new"))
     frozen = weights_for(original, "float32")
@@ -116,11 +122,36 @@ def test_float16_leaves_out_a_step_that_overflows() -> None:
 def test_what_is_not_finite_is_said(what: str) -> None:
     layers, batches = group()
     layers.measure(batches)
+    layers.step(batches, 24, rate=1e-3)
     weight = next(iter(layers.layers[1].weights.values()))
     if what == "error":
         weight.data.fill_(torch.inf)
     else:
         weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(RecoveryError, match=rf"model\.layers\.1 broke down: its {what} is not finite") as caught:
+    with pytest.raises(RecoveryError) as caught:
         layers.step(batches, 24, rate=1e-2)
     assert caught.value.code == "RECOVER-003"
+    assert caught.value.what == f"training of model.layers.1 broke down at step 2: its {what} is not finite."
+    assert caught.value.why == "the learning rate was 0.01."
+
+
+@pytest.mark.parametrize("weight", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_damaged_teacher_is_to_blame(weight: str) -> None:
+    layers, batches = group(damaged=weight)
+    with pytest.raises(RecoveryError) as caught:
+        layers.measure(batches)
+    assert caught.value.what.endswith("cannot begin: its error is not finite.")
+    assert caught.value.why == f"the teacher's weight {weight!r} was not finite before the first step."
+
+
+def test_values_of_the_teacher_that_are_not_finite_are_to_blame() -> None:
+    layers, batches = group()
+    # Weights are finite, and what they are multiplied with is not.
+    bad = [replace(batch, entry=[entry * torch.inf for entry in batch.entry]) for batch in batches]
+    layers.measure(batches)
+    with pytest.raises(RecoveryError) as caught:
+        layers.step(bad, 24, rate=1e-2)
+    assert caught.value.why == "the teacher gives values that are not finite for this text."
+    other, _ = group()
+    with pytest.raises(RecoveryError, match="the teacher gives values"):
+        other.measure(bad)

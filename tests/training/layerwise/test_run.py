@@ -10,7 +10,6 @@ from skink.training.layerwise import run as layer_run
 from skink.training.layerwise.layer import Layer
 from skink.training.layerwise.match_layers import match_layers
 from skink.training.loop.options import TrainOptions
-from skink.training.loop.order import Order
 from skink.training.losses.objectives import Terms
 from tests.training.layerwise import layer_worker
 
@@ -74,35 +73,6 @@ def test_each_layer_has_its_checkpoint(tmp_path: Path) -> None:
         "layer-0001",
         "layer-0002",
     ]
-
-
-def test_the_sample_is_spread_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_run, "_MEASURED", 10)
-    read: list[list[int]] = []
-    original = layer_run.LayerRun._batches
-    monkeypatch.setattr(
-        layer_run.LayerRun, "_batches", lambda self, rows: read.append(rows.tolist()) or original(self, rows)
-    )
-    first, program = layer_worker.programs()
-    match_layers(first, program, text(), TrainOptions(steps=1, batch=6), terms=HIDDEN, train="layers.0.*")
-    assert read[0] == read[-1] == [0, 5]
-
-
-def test_steps_read_the_windows_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[list[int]] = []
-    batches = layer_run.LayerRun._batches
-    monkeypatch.setattr(
-        layer_run.LayerRun,
-        "_batches",
-        lambda self, rows: read.append(self.used[rows].tolist()) or batches(self, rows),
-    )
-    original, program = layer_worker.programs()
-    options = TrainOptions(tokens=35, batch=4, seed=3)
-    match_layers(original, program, text(windows=20), options, terms=HIDDEN, train="layers.0.*")
-    first, *steps, last = read
-    order = Order(20, 3).rows(0, 7).tolist()
-    assert steps == [order[:4], order[4:]]
-    assert first == last == sorted(order)
 
 
 def test_the_text_need_not_fit_in_memory_as_one_tensor() -> None:

@@ -1,6 +1,7 @@
 """Two processes train as one does."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState, is_initialized
 from safetensors.torch import load_file
 
-from skink.training.loop.processes import processes
+from skink.training.loop.processes import processes, wait_for_all
 from tests.training.loop import worker
+from tests.training.processes import two
+from tests.training.students import factored
 
 CASES = ("plain", "uneven", "one-window", "sharded", "sharded-tied", "sharded-half")
 
@@ -24,7 +27,8 @@ ROUGH = {"rtol": 1e-2, "atol": 1e-2}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left, which trained all cases."""
     folder = tmp_path_factory.mktemp("two")
-    worker.two_processes(folder, *CASES, *worker.STUDENTS)
+    worker.write_programs(folder, *factored())
+    two("-m", "tests.training.loop.worker", "train", str(folder), *CASES, *worker.STUDENTS)
     return folder
 
 
@@ -71,7 +75,7 @@ def test_a_run_goes_on_from_its_checkpoint(case: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", worker.STUDENTS)
 def test_programs_train_with_sharded_weights_as_in_one_process(case: str, folder: Path) -> None:
-    record, student = worker.run_student(case)
+    record, student = worker.run_student(case, *factored())
     expected = {name: entry.detach() for name, entry in student.named_parameters() if entry.requires_grad}
     half = worker.STUDENTS[case][1] != "float32"
     for found, weights in results(folder, case):
@@ -123,3 +127,32 @@ def test_accelerate_forgets_what_it_was_not_asked_by_the_user() -> None:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+_MEETING = """
+import time
+from pathlib import Path
+from skink.training.loop.processes import wait_for_all
+from skink.settings import settings
+
+first = Path({folder!r}) / "first"
+if settings().main_process:
+    time.sleep(0.5)
+    first.touch()
+wait_for_all()
+assert first.exists()
+wait_for_all()
+(Path({folder!r}) / f"done-{{settings().process}}").touch()
+"""
+
+
+def test_one_process_waits_for_nobody(set_environment: Callable[..., None]) -> None:
+    set_environment(WORLD_SIZE="")
+    wait_for_all()
+
+
+def test_nobody_goes_on_before_the_last_is_there(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_MEETING.format(folder=str(tmp_path)))
+    two(str(script))
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from skink.errors import RecoveryError
-from skink.training.loop.options import TrainingRecord
+from skink.training.loop.options import TrainingRecord, TrainOptions
+from skink.training.loop.saving import run_identity
 from tests.training.loop import worker
-from tests.training.loop.tiny_training import Next
+from tests.training.loop.tiny_training import Next, next_module, text
+from tests.training.processes import start
 
 STEPS = 12
 
@@ -35,7 +37,7 @@ def same(found: tuple[TrainingRecord, Next], expected: tuple[TrainingRecord, Nex
 
 
 def killed(folder: Path, where: str, number: int) -> None:
-    child = worker.start(["die", str(folder), "killed", where, str(number)], OMP_NUM_THREADS="1")
+    child = start("-m", "tests.training.loop.worker", "die", str(folder), "killed", where, str(number))
     said = child.communicate(timeout=120)[0]
     assert child.returncode == -signal.SIGKILL, f"{where} {number}: {said}"
 
@@ -113,3 +115,13 @@ def test_runs_that_differ_have_folders_of_their_own(finished: Path) -> None:
     record, _ = worker.run("plain", finished.parent)
     assert record.resumed_at is None
     assert len(list(finished.parent.iterdir())) == 2
+
+
+def test_runs_on_other_frozen_weights_are_other_runs() -> None:
+    modules = [next_module() for _ in range(4)]
+    modules[1].frozen.weight.data[0, 0] += 1
+    modules[2].frozen.requires_grad_(True)
+    modules[3].frozen.bfloat16()
+    found = [run_identity(module, [text(), None], TrainOptions()) for module in modules]
+    assert len(set(found)) == 4
+    assert found[0] == run_identity(next_module(), [text(), None], TrainOptions())

@@ -2,11 +2,12 @@ import pytest
 import torch
 from torch import nn
 
+from skink.errors import RecoveryError
 from skink.graph.windows import Windows
 from skink.training.loop.options import TrainOptions
 from skink.training.loop.order import Order
 from skink.training.loop.schedule import learning_rate
-from skink.training.loop.steps import adamw, rate_of, windows_read
+from skink.training.loop.steps import adamw, check_text, rate_of, windows_read
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,21 @@ from skink.training.loop.steps import adamw, rate_of, windows_read
 def test_windows_that_steps_read(given: dict[str, int], expected: int) -> None:
     text = Windows(torch.zeros(5, 4, dtype=torch.int64))
     assert windows_read(text, Order(5, 0), TrainOptions(batch=2, **given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (Windows(torch.zeros(0, 4, dtype=torch.int64)), "the held-out text has no window"),
+        (Windows(torch.zeros(2, 0, dtype=torch.int64)), "the held-out text has no window"),
+        (Windows(torch.ones(2, 4), padding=torch.zeros(2, 4)), "the held-out text is padding alone"),
+    ],
+)
+def test_text_without_a_token_is_refused(text: Windows, said: str) -> None:
+    with pytest.raises(RecoveryError, match=said) as caught:
+        check_text(text, "held-out")
+    assert caught.value.code == "RECOVER-008"
+    check_text(Windows(torch.ones(2, 4), padding=torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])))
 
 
 def test_padding_is_not_read() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from skink.errors import RecoveryError
 from skink.graph.windows import Windows
+from skink.training.loop.order import Order
 from skink.training.loop.trainer import TrainingRecord, TrainOptions, train
 from tests.training.loop.tiny_training import Next, make_inputs, next_module, text
 
@@ -57,7 +58,6 @@ def by_hand(windows: Windows, rows: list[list[int]], rates: list[float], **adam:
 
 
 def test_it_does_what_plain_pytorch_does() -> None:
-    from skink.training.loop.order import Order
 
     windows = text(9, padded=True)
     options = {"batch": 4, "weight_decay": 0.3, "warmup": 0.0, "schedule": "linear", "final": 0.0, "learning_rate": 0.1}
@@ -234,14 +234,50 @@ def test_what_is_not_finite_ends_the_run_and_says_where(what: str, said: str) ->
     assert "lower learning_rate than 0.03" in caught.value.fix
 
 
-def test_a_held_out_loss_that_is_not_finite_ends_the_run() -> None:
+@pytest.mark.parametrize(("every", "said"), [(60, "its loss on held-out text is nan"), (0, "its term 'ce' is nan")])
+def test_weights_that_were_not_finite_are_to_blame_and_no_learning_rate(every: int, said: str) -> None:
     module = next_module()
     module.head.weight.data[0, 0] = float("nan")
-    with pytest.raises(RecoveryError, match="its loss on held-out text is nan") as caught:
-        run(module, evaluate_every=60)
-    # Nothing was trained: no learning rate is to blame.
-    assert caught.value.what.startswith("training cannot begin")
+    with pytest.raises(RecoveryError) as caught:
+        run(module, evaluate_every=every)
+    assert caught.value.what == f"training cannot begin: {said}."
+    assert caught.value.why == "the weight 'head.weight' was not finite before the first step."
     assert "learning_rate" not in caught.value.fix
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_damaged_weight_that_is_only_read_later_is_to_blame(frozen: bool) -> None:
+    module, windows = next_module(), text(8)
+    # What is damaged is read by the second step alone.
+    windows.tokens.clamp_(max=11)
+    last = Order(8, 0).rows(4, 8)
+    windows.tokens[last, 0] = 12
+    module.table.weight.data[12] = float("inf")
+    module.table.weight.requires_grad_(not frozen)
+    with pytest.raises(RecoveryError) as caught:
+        run(module, windows, steps=2, batch=4)
+    assert caught.value.what.startswith("training broke down at step 2 of 2")
+    assert caught.value.why == "the weight 'table.weight' was not finite before the first step."
+
+
+def test_a_first_loss_that_is_not_finite_is_no_matter_of_the_learning_rate() -> None:
+    module = Breaks("loss")
+    module.calls = 2
+    with pytest.raises(RecoveryError, match="cannot begin: its loss is inf") as caught:
+        run(module, steps=2, batch=4, precision="bfloat16")
+    assert caught.value.why.startswith("no step was made yet, and all weights are finite")
+    assert caught.value.fix.startswith("try precision=float32 instead of bfloat16; ")
+
+
+def test_input_that_is_no_number_is_to_blame() -> None:
+    def poisoned(tokens: Tensor, padding: Tensor | None) -> dict[str, Any]:
+        given = make_inputs(tokens, torch.ones_like(tokens).double())
+        given["padding"][0, 1] = float("nan")
+        return given
+
+    with pytest.raises(RecoveryError) as caught:
+        train(next_module(), text(), TrainOptions(steps=1, batch=4, micro_batch=2), make_inputs=poisoned)
+    assert caught.value.why == "the input 'padding' holds NaN."
 
 
 class Overflows(Next):
@@ -281,9 +317,12 @@ def test_float16_gives_up_when_no_scale_helps() -> None:
 
 
 def test_no_text_is_said() -> None:
-    with pytest.raises(RecoveryError) as caught:
-        run(windows=Windows(torch.zeros(0, 6, dtype=torch.int64)))
-    assert caught.value.code == "RECOVER-008"
+    nothing, something = Windows(torch.zeros(0, 6, dtype=torch.int64)), text(3)
+    # Held-out text without a token has the best loss there is, and no weights would ever be better than the first.
+    for windows, held_out in ((nothing, something), (something, nothing)):
+        with pytest.raises(RecoveryError) as caught:
+            train(next_module(), windows, TrainOptions(), make_inputs=make_inputs, held_out=held_out)
+        assert caught.value.code == "RECOVER-008"
 
 
 def test_a_module_without_anything_to_train_is_a_mistake_of_the_caller() -> None:

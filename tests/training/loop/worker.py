@@ -1,7 +1,8 @@
 """One of the processes that tests train with.
 
-python -m tests.training.loop.worker train FOLDER CASE...     each case twice; writes CASE-i.json and CASE-i.safetensors
-python -m tests.training.loop.worker students FOLDER CASE...  the same for students, once
+python -m tests.training.loop.worker train FOLDER CASE...     each case twice, those of students once, with the programs
+                                                              of `write_programs`; writes CASE-i.json and
+                                                              CASE-i.safetensors
 python -m tests.training.loop.worker die FOLDER CASE step N   killed when N steps of it are made
 python -m tests.training.loop.worker die FOLDER CASE flush N  killed when a checkpoint is written, at the Nth flush
 """
@@ -11,8 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from skink.graph.calibration import token_batches
+from skink.graph.program import Program
+from skink.graph.propagate import refresh
+from skink.graph.serialization import load_graph, program_to_json
 from skink.graph.windows import Windows
 from skink.training.loop import checkpoint
 from skink.training.loop.options import Precision, TrainingRecord, TrainOptions
@@ -85,13 +87,9 @@ STUDENTS: dict[str, tuple[bool, Precision]] = {
 }
 
 
-def run_student(case: str) -> tuple[TrainingRecord, nn.Module]:
-    """Train a factored tiny model against what it was, with sharded weights."""
-    # Only here: a process that trains no student, and is killed, need not load transformers first.
-    from tests.training.students import factored
-
+def run_student(case: str, program: Program, original: Program) -> tuple[TrainingRecord, nn.Module]:
+    """Train a program against what it was, with sharded weights."""
     adapters, precision = STUDENTS[case]
-    program, original = factored()
     if precision != "float32":
         program, original = program.with_dtype(torch.float16), original.with_dtype(torch.float16)
     student = Student(program, original, Terms(ce=1.0, kl=0.5), precision=precision, checkpointing=not adapters)
@@ -112,36 +110,25 @@ def run_student(case: str) -> tuple[TrainingRecord, nn.Module]:
     return record, student
 
 
-def two_processes(folder: Path, *cases: str) -> None:
-    """Run cases in two new processes that train together, as `torchrun` starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    children = [
-        start(["train", str(folder), *cases], **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)
-    ]
-    said = [child.communicate(timeout=120)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
+def write_programs(folder: Path, *programs: Program) -> None:
+    """Keep programs for the processes, which need not load transformers and capture a model each."""
+    for index, program in enumerate(programs):
+        (folder / f"program-{index}.json").write_text(json.dumps(program_to_json(program)))
+        save_file({name: entry.contiguous() for name, entry in program.weights()}, folder / f"program-{index}.weights")
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """This file as a process of its own, in which warnings are errors."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "tests.training.loop.worker", *arguments],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _read_program(folder: Path, index: int) -> Program:
+    weights = load_file(folder / f"program-{index}.weights")
+    program = load_graph((folder / f"program-{index}.json").read_text(), weights)
+    refresh(program)
+    return program
 
 
 def _train(folder: Path, *cases: str) -> None:
     for case in cases:
         found: dict[str, object] = {}
         if case in STUDENTS:
-            record, module = run_student(case)
+            record, module = run_student(case, _read_program(folder, 0), _read_program(folder, 1))
         else:
             record, module = run(case, folder / "checkpoints" / case)
             # The second run goes on from the last checkpoint but one.

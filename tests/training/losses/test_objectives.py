@@ -194,6 +194,20 @@ def test_what_the_teacher_shuts_the_student_learns_to_shut() -> None:
     assert bool((gradient[:, :-1, 4] > 0).all())
 
 
+@pytest.mark.parametrize("term", ALL)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_not_taken_for_agreement(term: str, whose: str, value: float) -> None:
+    logits = {"student": random(1, 3, 7).float(), "teacher": random(1, 3, 7, seed=1).float()}
+    logits[whose][0, 1, 2] = value
+    student = logits["student"].requires_grad_()
+    found = logit_sums(student, logits["teacher"], tokens(1, 3, 7), None, terms(term))[term]
+    (gradient,) = torch.autograd.grad(found, student)
+    read = term != "ce" or whose == "student"
+    assert bool(found.isfinite()) != read
+    assert bool(gradient.isfinite().all()) != read
+
+
 @pytest.mark.parametrize("teacher", [None, torch.zeros(1, 4, 6), torch.zeros(1, 3, 5)])
 def test_logits_of_another_vocabulary_are_refused(teacher: Tensor | None) -> None:
     with pytest.raises(RecoveryError, match=r"\[RECOVER-006\].*\[1, 4, 5\]"):

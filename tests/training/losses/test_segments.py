@@ -11,15 +11,11 @@ from skink.kernels.attention import torch_impl
 from skink.training.losses.segments import ModuleWeights, Runs, Segments, StoredWeights
 from tests.models import FAMILIES
 from tests.programs import batch, canonical
+from tests.training.losses.examples import inputs
 
 
 def logits(program: Program) -> fx.Node:
     return program.graph.output_node().args[0][0]
-
-
-def inputs(program: Program) -> dict[str, Tensor]:
-    given = batch(2, 8, 3)._asdict()
-    return {entry.name: given[entry.name] for entry in program.inputs}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -122,9 +122,6 @@ class BasisSharing(Pass):
             OptionError: OPTION-002 where targets match no layer.
         """
         choice, notes = choose_layers(program, self.name, self.targets, self.ignore)
-        for layer in choice:
-            if not torch.isfinite(program.weight(layer.weight)).all():
-                choice.refuse(layer, "the weight is not finite")
         groups = sharing_groups(tuple(choice), self.shared, self.group)
         plans = self._global(program, groups, context) if self._by_loss else self._uniform(groups, choice)
         for group, plan in list(plans.items()):
@@ -233,9 +230,9 @@ class BasisSharing(Pass):
             found = factorize(weight, left=known.output, right=known.inputs.total, rank=rank, left_damping=self.damping)
             up, down = found.at(rank)
             detail = f"rank {rank} of {min(layer.shape)}"
-            replace_by_factors(program, rewriter, layer, up, down, rule=RULE, detail=detail)
+            done = replace_by_factors(program, rewriter, layer, up, down, rule=RULE, detail=detail)
             product = up.double() @ down.double()
-            choice.record(layer, known.record(layer, weight, product, rank, up.numel() + down.numel()))
+            choice.record(layer, known.record(layer, weight, product, rank, up.numel() + down.numel()), done=done)
 
     def _share(
         self,
@@ -260,10 +257,10 @@ class BasisSharing(Pass):
         for place, (layer, exact) in enumerate(zip(group, ups, strict=True)):
             weight, up = program.weight(layer.weight), (exact / length).to(dtype).contiguous()
             detail = f"rank {rank}, one basis for {len(group)} layers"
-            replace_by_factors(program, rewriter, layer, up, name if place else down, rule=RULE, detail=detail)
+            done = replace_by_factors(program, rewriter, layer, up, name if place else down, rule=RULE, detail=detail)
             parameters = up.numel() + (0 if place else down.numel())
             product = up.double() @ down.double()
-            choice.record(layer, statistics[layer.weight].record(layer, weight, product, rank, parameters))
+            choice.record(layer, statistics[layer.weight].record(layer, weight, product, rank, parameters), done=done)
 
     def _statistics(
         self, program: Program, groups: tuple[Group, ...], context: Context, *, part: int

@@ -24,11 +24,7 @@ import torch
 from torch import Tensor
 
 from skink.passes.decompose.factorize.eigen import leading
-from skink.passes.decompose.factorize.metric import Metric
-
-DAMPING = 1e-8
-# Tried in turn where rounding made a metric indefinite.
-_MORE_DAMPING = (1e-6, 1e-4, 1e-2)
+from skink.passes.decompose.factorize.metric import DAMPING, MORE_DAMPING, Metric
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,6 @@ def shared_basis(
     outputs: Sequence[Tensor | None],
     *,
     rank: int | None = None,
-    input_damping: float = DAMPING,
     output_damping: float = DAMPING,
 ) -> Tensor:
     """The basis B: float64[K, in], rows of length 1, most important first.
@@ -77,14 +72,13 @@ def shared_basis(
         inputs: C, float64[in, in]: the sum over the layers.
         outputs: G_i of each layer, float64[out, out]; None: the identity.
         rank: K; None: all that there are.
-        input_damping: added to C's diagonal, as a share of its mean.
-        output_damping: likewise of each G_i.
+        output_damping: added to each G_i's diagonal, as a share of its mean.
     """
     stacked = sum(weight.shape[0] for weight in weights)
     most = min(stacked, inputs.shape[0]) if rank is None else rank
     exact = [weight.double() for weight in weights]
-    for more in (0.0, *_MORE_DAMPING):
-        c = Metric(inputs, max(input_damping, more))
+    for more in (0.0, *MORE_DAMPING):
+        c = Metric(inputs, max(DAMPING, more))
         metrics = [Metric(one, max(output_damping, more)) for one in outputs]
         if c.is_zero or all(metric.is_zero for metric in metrics):
             break
@@ -108,7 +102,7 @@ def coefficients(weight: Tensor, basis: Tensor, inputs: Tensor, output: Tensor |
     """
     exact = weight.double()
     # The last is the identity, of use where no input was ever anything but zero.
-    for c in (*(Metric(inputs, share) for share in (DAMPING, *_MORE_DAMPING)), Metric(None)):
+    for c in (*(Metric(inputs, share) for share in (DAMPING, *MORE_DAMPING)), Metric(None)):
         mapped = c.times(basis.mT)
         lower, info = torch.linalg.cholesky_ex(basis @ mapped)
         if not int(info):

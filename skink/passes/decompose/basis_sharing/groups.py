@@ -86,7 +86,7 @@ def sharing_groups(
         if block is None or not any(fnmatchcase(below, pattern) for pattern in shared):
             single.append(layer)
             continue
-        stack = layer.name.removesuffix(f".{block}.{below}")
+        stack = layer.name.removesuffix(f"{block}.{below}")
         series.setdefault((stack, below, layer.shape), []).append(layer)
     groups: list[tuple[LinearLayer, ...]] = [(layer,) for layer in single]
     for members in series.values():

@@ -6,7 +6,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from skink.errors import CalibrationError
 from skink.graph.calibration import Covariance, stream_covariances
 from skink.graph.gradients import stream_moments
 from skink.graph.passes import Context, LayerRecord, Progress
@@ -75,16 +74,10 @@ def stream_statistics(
     Raises:
         CalibrationError: CALIBRATION-001 to -004, see `stream_covariances`; -002 where there is no text.
     """
-    if context.calibration is None:
-        raise CalibrationError(
-            "CALIBRATION-002",
-            f"method={method} needs calibration text, and none was given.",
-            fix="give calibration text, or choose a method that needs none: tucker and low-rank have method=plain.",
-        )
+    windows, padding = context.calibration_for(f"method={method}"), context.padding
     if not names:
         return
     report = progress if progress is not None else context.progress
-    windows, padding = context.calibration, context.padding
     if method == "whitened":
         for found in stream_covariances(program, windows, names, progress=report, padding=padding):
             for name in list(found):

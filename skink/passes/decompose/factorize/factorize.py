@@ -35,11 +35,8 @@ import torch
 from torch import Tensor
 
 from skink.passes.decompose.factorize.eigen import leading, leading_at_random
-from skink.passes.decompose.factorize.metric import Metric
+from skink.passes.decompose.factorize.metric import DAMPING, MORE_DAMPING, Metric
 
-DAMPING = 1e-8
-# Tried in turn where rounding made a metric indefinite or the eigensolver gave up; after these, the plain SVD.
-_MORE_DAMPING = (1e-6, 1e-4, 1e-2)
 # Up to this share of the smaller side, what is asked for is found at random: the whole spectrum costs more.
 _FEW = 1 / 8
 # Rows of a weight that are compared at a time.
@@ -88,7 +85,6 @@ def factorize(
     right_damping: float = DAMPING,
     form: Form = "auto",
     solver: Solver = "exact",
-    seed: int = 0,
 ) -> Factorization:
     """The best factors of a weight in two metrics, at every rank up to `rank`.
 
@@ -102,17 +98,17 @@ def factorize(
         form: which of the two equal forms; `auto` takes the one with the smaller eigenproblem.
         solver: `random` finds the first K components only, and nearly; `auto` does so where K is at most an eighth of
             the smaller side.
-        seed: of `random`.
     """
     most = min(weight.shape) if rank is None else rank
     inner = weight.shape[1] < weight.shape[0] if form == "auto" else form == "inner"
     few = most <= _FEW * min(weight.shape) if solver == "auto" else solver == "random"
-    for more in (0.0, *_MORE_DAMPING):
+    # Where all that gives no metric, or the eigensolver gives up, the plain SVD is left.
+    for more in (0.0, *MORE_DAMPING):
         g, c = Metric(left, max(left_damping, more)), Metric(right, max(right_damping, more))
         if g.is_zero or c.is_zero:
             break
         try:
-            found = _inner(weight, g, c, most, seed, few=few) if inner else _outer(weight, g, c, most, seed, few=few)
+            found = _inner(weight, g, c, most, few=few) if inner else _outer(weight, g, c, most, few=few)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         whole = most == min(weight.shape)
@@ -124,7 +120,7 @@ def factorize(
             output=_tails(found.output, found.all_output, whole=whole),
         )
     plainly = Metric(None)
-    found = _inner(weight, plainly, plainly, most, seed, few=few)
+    found = _inner(weight, plainly, plainly, most, few=few)
     return _factorization(
         weight,
         found,
@@ -222,11 +218,11 @@ class _Components:
     all_output: Tensor
 
 
-def _inner(weight: Tensor, left: Metric, right: Metric, rank: int, seed: int, *, few: bool) -> _Components:
+def _inner(weight: Tensor, left: Metric, right: Metric, rank: int, *, few: bool) -> _Components:
     # In float64 only here, so that there is one such copy of the weight and not two.
     mapped = right.through_root(weight.double())
     gram = mapped.mT @ left.times(mapped)
-    values, vectors = _leading(gram, rank, seed, few=few)
+    values, vectors = _leading(gram, rank, few=few)
     up = mapped @ vectors
     # Rows of `down` are orthonormal under the right metric.
     return _Components(
@@ -239,10 +235,10 @@ def _inner(weight: Tensor, left: Metric, right: Metric, rank: int, seed: int, *,
     )
 
 
-def _outer(weight: Tensor, left: Metric, right: Metric, rank: int, seed: int, *, few: bool) -> _Components:
+def _outer(weight: Tensor, left: Metric, right: Metric, rank: int, *, few: bool) -> _Components:
     mapped = left.through_root(weight.double().mT).mT
     gram = mapped @ right.times(mapped.mT)
-    values, vectors = _leading(gram, rank, seed, few=few)
+    values, vectors = _leading(gram, rank, few=few)
     up = left.back_through_root(vectors.mT).mT
     # Rows of `down` have the squared lengths `values` under the right metric.
     return _Components(
@@ -255,8 +251,8 @@ def _outer(weight: Tensor, left: Metric, right: Metric, rank: int, seed: int, *,
     )
 
 
-def _leading(gram: Tensor, rank: int, seed: int, *, few: bool) -> tuple[Tensor, Tensor]:
-    values, vectors = leading_at_random(gram, rank, seed=seed) if few else leading(gram, rank)
+def _leading(gram: Tensor, rank: int, *, few: bool) -> tuple[Tensor, Tensor]:
+    values, vectors = leading_at_random(gram, rank) if few else leading(gram, rank)
     return values.clamp(min=0), vectors
 
 

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+# Added to a metric's diagonal, as a share of its mean; and, in turn, where rounding made it indefinite all the same.
+DAMPING = 1e-8
+MORE_DAMPING = (1e-6, 1e-4, 1e-2)
+
 
 class Metric:
     """M + shift I, where M is the identity, a diagonal or a full matrix.

@@ -117,17 +117,14 @@ def stream_metrics(
         for name in names:
             yield {name: (None, None)}
         return
-    if context.calibration is None:
-        raise RuntimeError("there is no calibration text")
+    windows = context.calibration_for(f"method={recipe.method}")
     if recipe.method in ("whitened", "asvd"):
-        for inputs in stream_covariances(
-            program, context.calibration, names, progress=progress, padding=context.padding
-        ):
+        for inputs in stream_covariances(program, windows, names, progress=progress, padding=context.padding):
             yield {name: (inputs.pop(name), None) for name in list(inputs)}
         return
     for moments in stream_moments(
         program,
-        context.calibration,
+        windows,
         names,
         labels=recipe.labels,
         samples=recipe.samples,

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from skink.budget import Unit, Workload, pricing
-from skink.errors import CalibrationError, OptionError, check_range
+from skink.errors import OptionError, check_range
 from skink.graph.objective import Labels
 from skink.graph.passes import Context, Pass, PassResult
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter
-from skink.passes.decompose.factorize.factorize import DAMPING
+from skink.passes.decompose.factorize.metric import DAMPING
 from skink.passes.decompose.low_rank.candidates import Method, Recipe
 from skink.passes.decompose.low_rank.ranks import Ranking
 from skink.passes.decompose.low_rank.run import Allocation, Run
@@ -129,12 +129,8 @@ class LowRank(Pass):
             GraphError: GRAPH-002 where weights are on the meta device.
             OptionError: OPTION-002 where targets match no layer.
         """
-        if self.needs_calibration and context.calibration is None:
-            raise CalibrationError(
-                "CALIBRATION-002",
-                f"low-rank with method={self.method} needs calibration text, and none was given.",
-                fix="give calibration text, or choose method=plain.",
-            )
+        if self.needs_calibration:
+            context.calibration_for(str(self))
         choice, notes = choose_layers(program, self.name, self.targets, self.ignore)
         prices = pricing(self.budget, program, Workload.parse(self.workload))
         ranking = Ranking(prices, self._form == "pivoted", self.multiple_of, self._floor, self.keep)

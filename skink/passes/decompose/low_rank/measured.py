@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from skink.budget.interpolate import interpolate
 from skink.graph.calibration import counted_rows, real_tokens, token_batches
 from skink.graph.output_heads import predicts_next_tokens
 from skink.graph.passes import Context
-from skink.graph.program import PADDING_INPUT, Program
+from skink.graph.program import Program
 from skink.passes.decompose.low_rank.candidates import Candidate
 
 # Windows of calibration text that are run, evenly spread over it.
@@ -37,13 +38,14 @@ def measured_losses(program: Program, candidates: Sequence[Candidate], keep: flo
     for entry in candidates:
         most = entry.factors.rank
         ranks = sorted({max(1, round(most * share)) for share in (keep / 2, keep, (1 + keep) / 2)})
-        energies = entry.factors.discarded
+        energies = entry.factors.discarded.cpu()
         ratios = []
         for rank in ranks:
             up, down = entry.factors.at(rank)
             rise = max(0.0, loss.with_weight(entry.stack.layers[0].weight, up @ down))
             ratios.append(rise / max(float(energies[rank]), torch.finfo(torch.float64).tiny))
-        ratio = _interpolated(torch.arange(most + 1, dtype=torch.float64), ranks, ratios)
+        # Beyond the ranks that were measured it stays what it is at the nearest.
+        ratio = interpolate(torch.arange(most + 1).clamp(ranks[0], ranks[-1]), ranks, ratios)
         # Noise of the measurement must not make a larger rank look worse.
         result.append((ratio * energies).flip(0).cummax(0).values.flip(0))
     return result
@@ -53,13 +55,12 @@ class _Loss:
     """The rise of a program's loss on a few windows of calibration text."""
 
     def __init__(self, program: Program, context: Context) -> None:
-        if context.calibration is None:
-            raise RuntimeError("there is no calibration text")
-        count = len(context.calibration)
+        windows = context.calibration_for("allocation=measured")
+        count = len(windows)
         picked = torch.linspace(0, count - 1, min(count, _WINDOWS)).round().long()
         padding = None if context.padding is None else context.padding[picked]
         self._program = program
-        self._batches = token_batches(program, context.calibration[picked], padding=padding)
+        self._batches = token_batches(program, windows[picked], padding=padding)
         self._logits = program.outputs.index("logits") if "logits" in program.outputs else None
         self._has_labels = predicts_next_tokens(program)
         self._dense = [] if self._has_labels else [self._outputs(batch) for batch in self._batches]
@@ -92,7 +93,7 @@ class _Loss:
     def _labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rows of the logits, and the token that follows each."""
         rows, labels = logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()
-        real = real_tokens(batch) if PADDING_INPUT in batch else None
+        real = real_tokens(batch)
         if real is None:
             return rows, labels
         counted = (real[:, 1:] & real[:, :-1]).flatten()
@@ -101,7 +102,7 @@ class _Loss:
     def _beside_dense(self, logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Rows of the logits, and the dense program's shares of each."""
         batch, dense = self._batches[index], self._dense[index][self._logits or 0]
-        counted = counted_rows(logits, real_tokens(batch) if PADDING_INPUT in batch else None)
+        counted = counted_rows(logits, real_tokens(batch))
         rows, wanted = (value.reshape(-1, value.shape[-1]) for value in (logits, dense))
         if counted is not None:
             rows, wanted = rows[counted], wanted[counted]
@@ -110,7 +111,7 @@ class _Loss:
     def _distance(self) -> float:
         away = size = 0.0
         for batch, dense in zip(self._batches, self._dense, strict=True):
-            real = real_tokens(batch) if PADDING_INPUT in batch else None
+            real = real_tokens(batch)
             for one, other in zip(self._outputs(batch), dense, strict=True):
                 # What comes out at padding is nobody's.
                 rows = counted_rows(other, real)
@@ -119,13 +120,3 @@ class _Loss:
                 away += float((change if rows is None else change[rows]).square().sum())
                 size += float((flat if rows is None else flat[rows]).square().sum())
         return away / size if size > 0 else 0.0
-
-
-def _interpolated(at: Tensor, known: Sequence[int], values: Sequence[float]) -> Tensor:
-    """The piecewise linear function through (known, values), constant beyond its ends."""
-    x, y = torch.tensor(known, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
-    if len(x) == 1:
-        return y.expand(at.shape)
-    left = (torch.searchsorted(x, at, right=True) - 1).clamp(0, len(x) - 2)
-    share = ((at - x[left]) / (x[left + 1] - x[left])).clamp(0, 1)
-    return y[left] + share * (y[left + 1] - y[left])

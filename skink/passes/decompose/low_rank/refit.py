@@ -6,10 +6,10 @@ at given `up` is least for
     down' = (up^T G up)^-1 up^T G W C_xx' C_x'x'^-1 = down C_xx' C_x'x'^-1        C_xx' = sum over tokens of x x'^T
 
 since `down` of two-sided factors is (up^T G up)^-1 up^T G W already: it reads the dense x, as well as x' can tell it.
-Layers go in the graph's order, each after those before it are fitted. A ridge, added to the diagonals of both, draws
-what the text says little about to down' = down. Where tokens are few for the features, how large it is, or whether to
-fit at all, is told by the text: what is fitted to one half of it has to read the other half better (two-fold
-cross-validation, Stone 1974).
+Layers go in the order of what they read, each after those that this depends on are fitted. A ridge, added to the
+diagonals of both, draws what the text says little about to down' = down. Where tokens are few for the features, how
+large it is, or whether to fit at all, is told by the text: what is fitted to one half of it has to read the other half
+better (two-fold cross-validation, Stone 1974).
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from skink.graph.calibration import counted_rows, real_tokens, token_batches
 from skink.graph.passes import Context, linear_weight
-from skink.graph.program import PADDING_INPUT, Program
+from skink.graph.program import Program
 from skink.graph.regions import inputs_of, plan_region, run_plan
 
 # The ridge where there are at least so many tokens for each feature, as a share of the mean diagonal of C_x'x'. There
@@ -46,16 +46,15 @@ def refit(dense: Program, program: Program, replaced: Mapping[str, str], context
         replaced: the name of each first factor -> the name of a dense weight that read the same.
         context: its calibration text.
     """
-    if context.calibration is None:
-        raise RuntimeError("there is no calibration text")
+    windows = context.calibration_for("refit")
     pairs = _inputs(dense, program, replaced)
     width = max((program.weight(name).shape[1] for name, _, _ in pairs), default=0)
-    picked = spread_windows(context.calibration, context.padding, max(_TOKENS, _TOKENS_PER_FEATURE * width))
+    picked = spread_windows(windows, context.padding, max(_TOKENS, _TOKENS_PER_FEATURE * width))
     padding = None if context.padding is None else context.padding[picked]
-    batches = token_batches(dense, context.calibration[picked], padding=padding)
-    counted = [real_tokens(batch) if PADDING_INPUT in batch else None for batch in batches]
-    windows = [len(next(iter(batch.values()))) for batch in batches]
-    starts = list(accumulate(windows, initial=0))
+    batches = token_batches(dense, windows[picked], padding=padding)
+    counted = [real_tokens(batch) for batch in batches]
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    starts = list(accumulate(sizes, initial=0))
     before = _Stepwise(dense, batches, [one for _, one, _ in pairs])
     after = _Stepwise(program, batches, [two for _, _, two in pairs])
     changed = 0
@@ -69,7 +68,7 @@ def refit(dense: Program, program: Program, replaced: Mapping[str, str], context
                 exact, delivered = before.value(one, index), after.value(two, index)
                 rows = counted_rows(exact, real)
                 x, y = (value.reshape(-1, value.shape[-1]) for value in (exact, delivered))
-                second = _in_second_half(x, starts[index], len(picked), windows[index])
+                second = _in_second_half(x, starts[index], len(picked), sizes[index])
                 for half, part in zip(halves, (~second, second), strict=True):
                     chosen = part if rows is None else part & rows
                     half.add(x[chosen], y[chosen])
@@ -184,7 +183,10 @@ def _no_text(features: int, device: torch.device | None = None) -> tuple[Half, H
 
 
 def _inputs(dense: Program, program: Program, replaced: Mapping[str, str]) -> list[tuple[str, fx.Node, fx.Node]]:
-    """(factor, what the dense weight reads, what the factor reads) in the graph's order; factors with one reader."""
+    """(factor, what the dense weight reads, what the factor reads) for factors with one reader, by where the last is.
+
+    So whatever it depends on is fitted before, and where layers stand side by side nothing is computed twice.
+    """
     readers: dict[str, list[fx.Node]] = {}
     for node in dense.graph.nodes:
         name = linear_weight(dense, node)
@@ -195,7 +197,8 @@ def _inputs(dense: Program, program: Program, replaced: Mapping[str, str]) -> li
         factor = linear_weight(program, node)
         if factor is not None and factor in replaced and len(readers[replaced[factor]]) == 1:
             found.append((factor, readers[replaced[factor]][0].all_input_nodes[0], node.all_input_nodes[0]))
-    return found
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    return sorted(found, key=lambda entry: order[entry[2]])
 
 
 class _Stepwise:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from skink.budget import Pricing, pricing
@@ -101,8 +100,6 @@ class Run:
         return self._choice.result(self._rewriter, [*notes, *self._few_tokens, *fitted, *self._summary(counted)])
 
     def _reason_against(self, layer: LinearLayer) -> str | None:
-        if not torch.isfinite(self._program.weight(layer.weight)).all():
-            return "the weight is not finite"
         _, ranks = self._ranking.curve(Stack((layer,)))
         return None if len(ranks) > 1 else f"no rank of {layer.shape[0]}x{layer.shape[1]} saves anything"
 
@@ -173,7 +170,7 @@ class Run:
         said = f"rank {rank} of {min(stack.shape)}, relative error {max(errors) if error is None else error:.4g}"
         if len(stack.layers) > 1:
             said += f", {len(stack.layers)} layers as one"
-        sizes = self._replace(stack, up, down, said)
+        done, sizes = self._replace(stack, up, down, said)
         for layer, size, loss, changed in zip(stack.layers, sizes, losses, errors, strict=True):
             self._choice.record(
                 layer,
@@ -186,29 +183,34 @@ class Run:
                     baseline_error=None if entry.baseline is None else relative(entry.baseline, rank),
                     predicted_loss=loss,
                 ),
+                done=done,
             )
-        self._done.append((stack, rank, losses))
+        if done:
+            self._done.append((stack, rank, losses))
         if entry.tokens is not None and entry.tokens < stack.shape[1]:
             self._few_tokens.append(
                 f"{stack.name}: {entry.tokens} tokens of calibration text for {stack.shape[1]} input features; "
                 "directions that they do not reach are kept by the weight's size."
             )
 
-    def _replace(self, stack: Stack, up: Tensor, down: Tensor, detail: str) -> list[int]:
-        """Edit the graph; returns the parameters that each layer has then. What is shared counts for the first."""
+    def _replace(self, stack: Stack, up: Tensor, down: Tensor, detail: str) -> tuple[bool, list[int]]:
+        """Edit the graph; whether the limit allowed it, and the parameters that each layer has then.
+
+        What is shared counts for the first.
+        """
         program, rewriter, layers = self._program, self._rewriter, stack.layers
         first = free_prefix(program, layers[0].weight) + ("kept.weight" if self._ranking.pivoted else "down.weight")
         self._first[first] = layers[0].weight
         if self._ranking.pivoted:
             form = pivoted(up, down)
-            replace_by_pivots(program, rewriter, layers, form, detail=detail)
-            return [form.numbers] + [0] * (len(layers) - 1)
+            done = replace_by_pivots(program, rewriter, layers, form, detail=detail)
+            return done, [form.numbers] + [0] * (len(layers) - 1)
         ups = [rows.contiguous() for rows in stack.split(up)]
         if len(layers) > 1:
-            replace_by_shared_input(program, rewriter, layers, ups, down, detail=detail)
+            done = replace_by_shared_input(program, rewriter, layers, ups, down, detail=detail)
         else:
-            replace_by_factors(program, rewriter, layers[0], up, down, detail=detail)
-        return [ups[0].numel() + down.numel(), *(rows.numel() for rows in ups[1:])]
+            done = replace_by_factors(program, rewriter, layers[0], up, down, detail=detail)
+        return done, [ups[0].numel() + down.numel(), *(rows.numel() for rows in ups[1:])]
 
     def _summary(self, counted: Sequence[LinearLayer]) -> list[str]:
         """What was kept, in every unit, and what that should cost."""

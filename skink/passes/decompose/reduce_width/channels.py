@@ -19,9 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Added to C's diagonal, as a share of its mean, so that dead channels and scarce text leave it positive.
-DAMPING = 1e-8
-_MORE_DAMPING = (1e-6, 1e-4, 1e-2)
+from skink.passes.decompose.factorize.metric import DAMPING, MORE_DAMPING
+
 # Channels eliminated between two updates of the whole matrices.
 _BLOCK = 64
 
@@ -29,7 +28,7 @@ _BLOCK = 64
 def damped(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A PSD matrix float64[n, n] with its diagonal raised until it has a Cholesky factor, and that factor."""
     scale = float(matrix.diagonal().mean())
-    for share in (DAMPING, *_MORE_DAMPING):
+    for share in (DAMPING, *MORE_DAMPING):
         raised = matrix.clone()
         raised.diagonal().add_(share * scale if scale > 0 else 1.0)
         lower, failed = torch.linalg.cholesky_ex(raised)
@@ -176,8 +175,8 @@ def head_order(heads: int, width: int) -> Tensor:
     return torch.arange(heads * width).view(heads, width).mT.flatten()
 
 
-def unit_order(price: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Units in the order in which they go, and the price when the first k are gone.
+def unit_order(price: Tensor, widths: Sequence[int]) -> Tensor:
+    """Units in the order in which they go: int64[U].
 
     Dropping the units S costs the sum of `price` over S x S. In every step the unit goes that raises the sum least, for
     its width.
@@ -185,20 +184,14 @@ def unit_order(price: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
     Args:
         price: float64[U, U], symmetric.
         widths: channels of each unit.
-
-    Returns:
-        int64[U] and float64[U + 1].
     """
     size = torch.tensor(widths, dtype=torch.float64)
     rise = price.diagonal().clone()
-    total, totals = 0.0, [0.0]
     order: list[int] = []
     for _ in widths:
         per_channel = rise / size
         per_channel[order] = torch.inf
         unit = int(per_channel.argmin())
-        total = max(total, total + float(rise[unit]))
-        totals.append(total)
         order.append(unit)
         rise = rise + 2 * price[unit]
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(totals, dtype=torch.float64)
+    return torch.tensor(order, dtype=torch.int64)

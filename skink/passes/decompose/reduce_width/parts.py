@@ -47,8 +47,8 @@ class Part(ABC):
         layers: the layers that it changes.
         lead: the one of them whose record says what the part loses.
         width: the width now.
-        losses: float64[width + 1]: predicted rise of the loss at each width, in nats per token; inf for a width that
-            cannot be had; None before it is planned, or without gradients.
+        losses: float64[width + 1] on the CPU: predicted rise of the loss at each width, in nats per token; inf for a
+            width that cannot be had; None before it is planned, or without gradients.
         prices_need: weights whose moments the prices need.
         edited: the node whose edit narrows it; parts with the same one are narrowed together.
         cut_needs: the weight whose inputs' covariance the cut needs; empty where it needs none.
@@ -111,7 +111,7 @@ class FeedForwardPart(Part):
         else:
             self.order = elimination_order(weight, covariance, metric if self.method == "two-sided" else None)
         if metric is not None:
-            self.losses = prices(weight, covariance, metric, self.order)
+            self.losses = prices(weight, covariance, metric, self.order).cpu()
 
     def cut(self, program: Program, width: int, covariance: Tensor) -> tuple[dict[str, Tensor], float]:
         """New weights by name, and the relative error of the block's output."""
@@ -160,8 +160,7 @@ class ValuePart(Part):
         self.bases = head_bases(weight.unflatten(1, shape), covariance.view(*shape, *shape), left, self.key_heads)
         if metric is not None:
             weight, covariance = self._turned(weight, covariance)
-            losses = prices(weight, covariance, metric, head_order(*shape))
-            self.losses = losses[:: self.heads].clone()
+            self.losses = prices(weight, covariance, metric, head_order(*shape))[:: self.heads].cpu()
 
     def cut(self, program: Program, width: int, covariance: Tensor) -> tuple[Heads, Tensor, float]:
         """The new value projection, the new output weight, and the relative error of the output."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, fx
 
 from skink.budget import Unit, Workload, pricing
-from skink.errors import CalibrationError, OptionError, check_range
+from skink.errors import OptionError, check_range
 from skink.graph.calibration import Covariance, stream_covariances
 from skink.graph.gradients import Moments, stream_moments
 from skink.graph.passes import Context, LayerRecord, Pass, PassResult
@@ -122,21 +122,16 @@ class ReduceWidth(Pass):
             GraphError: GRAPH-002 where weights are on the meta device.
             OptionError: OPTION-002 where targets match no layer.
         """
-        if context.calibration is None:
-            raise CalibrationError(
-                "CALIBRATION-002",
-                "reduce-width needs calibration text, and none was given.",
-                fix="give --calibration FILES (in Python calibration=...).",
-            )
+        windows = context.calibration_for(self.name)
         choice, notes = choose_layers(program, self.name, self.targets, self.ignore)
         counted = list(choice)
         parts = find_parts(program, choice, self.parts, self.method)
         records: dict[str, LayerRecord] = {}
         if parts and self.keep < 1.0:
-            self._plan(program, parts, context, context.calibration)
-            widths = self._widths(program, parts, counted, context.calibration, context.padding)
+            self._plan(program, parts, context, windows)
+            widths = self._widths(program, parts, counted, windows, context.padding)
             chosen = {part: width for part, width in zip(parts, widths, strict=True) if width < part.width}
-            book = self._cut(program, rewriter, chosen, context, context.calibration)
+            book = self._cut(program, rewriter, chosen, context, windows)
             records, notes = book.records, [*notes, *book.notes]
         rewriter.finish()
         for layer in choice:

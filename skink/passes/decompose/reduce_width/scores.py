@@ -10,7 +10,6 @@ of angles. Features without rotary are each head's own choice (MoDeGPT, arXiv 24
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,13 +20,6 @@ from skink.passes.decompose.reduce_width.channels import unit_order
 from skink.passes.decompose.reduce_width.edits import Heads
 from skink.passes.decompose.reduce_width.parts import Kind, Method, Part, branch_of, heads_of
 from skink.passes.decompose.selection import LinearLayer
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Features that go together: rotary pairs of all heads, or one feature of each head: int64[Hk, features]."""
-
-    features: Tensor
 
 
 class ScorePart(Part):
@@ -69,6 +61,7 @@ class ScorePart(Part):
         queries, keys = (
             _outputs(program, branch, inputs[branch.weight], self.mean) for branch in (self.query, self.key)
         )
+        price = None
         if gradients is not None:
             # Without the queries' feature its keys do not count, nor the other way round: both price the same change.
             price = torch.zeros(self.key_heads, self.width, self.key_heads, self.width, dtype=torch.float64)
@@ -76,15 +69,15 @@ class ScorePart(Part):
                 rows = branch.rows.flatten()
                 metric = gradients[branch.weight][rows][:, rows]
                 price += self._by_key_head(metric * outputs, len(branch.rows)) / 4
-        if gradients is None or self.method != "two-sided":
-            norms = self._by_key_head(torch.diag(queries.diagonal()), self.heads) * self._by_key_head(
-                torch.diag(keys.diagonal()), self.key_heads
-            )
-        chosen = price if gradients is not None and self.method == "two-sided" else norms
+        if price is not None and self.method == "two-sided":
+            chosen = price
+        else:
+            chosen = self._by_key_head(queries.diagonal().diag(), self.heads)
+            chosen = chosen * self._by_key_head(keys.diagonal().diag(), self.key_heads)
         units = self._units(chosen)
-        order, _ = unit_order(_over_units(chosen, units), [unit.features.shape[1] for unit in units])
+        order = unit_order(_over_units(chosen, units), [unit.shape[1] for unit in units])
         self._keep(units, order)
-        if gradients is not None:
+        if price is not None:
             table = _over_units(price, units)
             self.losses = torch.full((self.width + 1,), torch.inf, dtype=torch.float64)
             width = self.width
@@ -92,7 +85,7 @@ class ScorePart(Part):
                 gone = order[:count]
                 if width in self.kept:
                     self.losses[width] = table[gone][:, gone].sum().clamp(min=0)
-                width -= units[int(order[count])].features.shape[1]
+                width -= units[int(order[count])].shape[1]
 
     def cut(self, program: Program, width: int) -> tuple[dict[str, Heads], Tensor | None]:
         """The new query and key projections, and which columns of the rotary tables stay; None for all."""
@@ -109,30 +102,29 @@ class ScorePart(Part):
         return new, columns if columns is not None and len(columns) < turned else None
 
     def _by_key_head(self, matrix: Tensor, heads: int) -> Tensor:
-        """[H D, H D] summed over the query heads of each key head: float64[Hk, D, Hk, D]."""
-        groups = heads // self.key_heads
-        shape = (self.key_heads, groups, self.width)
-        return matrix.view(*shape, *shape).sum((1, 4))
+        """[H D, H D] summed over the query heads of each key head: float64[Hk, D, Hk, D] on the CPU."""
+        shape = (self.key_heads, heads // self.key_heads, self.width)
+        return matrix.view(*shape, *shape).sum((1, 4)).cpu()
 
-    def _units(self, price: Tensor) -> list[_Unit]:
+    def _units(self, price: Tensor) -> list[Tensor]:
+        """Features that go together: rotary pairs of all heads, or one feature of each head: int64[Hk, features]."""
         together, turned = pairs(self.query)
-        units = [_Unit(torch.tensor(pair).expand(self.key_heads, -1)) for pair in together]
+        units = [torch.tensor(pair).expand(self.key_heads, -1) for pair in together]
         free = torch.arange(turned, self.width)
         if len(free):
             # Each head lets its own features go, the least important of every head together.
             orders = [
-                free[unit_order(price[head][:, head][free][:, free], [1] * len(free))[0]]
-                for head in range(self.key_heads)
+                free[unit_order(price[head][:, head][free][:, free], [1] * len(free))] for head in range(self.key_heads)
             ]
-            units += [_Unit(torch.stack([order[level] for order in orders])[:, None]) for level in range(len(free))]
+            units += [torch.stack([order[level] for order in orders])[:, None] for level in range(len(free))]
         return units
 
-    def _keep(self, units: list[_Unit], order: Tensor) -> None:
+    def _keep(self, units: list[Tensor], order: Tensor) -> None:
         together, turned = pairs(self.query)
         self.kept = {}
         for count in range(len(order)):
             left = [units[index] for index in order[count:].tolist()]
-            features = torch.cat([unit.features for unit in left], 1).sort(1).values
+            features = torch.cat(left, 1).sort(1).values
             # Rotary needs one pair at least.
             if not together or bool((features[0] < turned).any()):
                 self.kept[features.shape[1]] = features
@@ -150,11 +142,11 @@ def _outputs(program: Program, branch: Branch, covariance: Tensor, mean: Tensor 
     return outputs
 
 
-def _over_units(price: Tensor, units: list[_Unit]) -> Tensor:
+def _over_units(price: Tensor, units: list[Tensor]) -> Tensor:
     """`price` [Hk, D, Hk, D] summed over the features of each two units: float64[U, U]."""
     heads, width = price.shape[:2]
     member = torch.zeros(len(units), heads, width, dtype=torch.float64)
     for index, unit in enumerate(units):
-        member[index].scatter_(1, unit.features, 1.0)
+        member[index].scatter_(1, unit, 1.0)
     flat = member.flatten(1)
     return flat @ price.reshape(heads * width, heads * width) @ flat.mT

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, fx
 
 from skink.budget import Curve, Pricing, allocate
+from skink.budget.interpolate import interpolate
 from skink.graph.calibration import counted_rows, real_tokens, token_batches
 from skink.graph.output_heads import output_heads
 from skink.graph.pattern import op_name
-from skink.graph.program import PADDING_INPUT, Program
+from skink.graph.program import Program
 from skink.graph.regions import run_regions
 from skink.kernels import find_op
 from skink.passes.decompose.reduce_width.parts import Part
@@ -43,13 +44,7 @@ def part_cost(part: Part, pricing: Pricing, width: int) -> float:
 def width_costs(part: Part, pricing: Pricing, widths: Tensor) -> Tensor:
     """What a part costs at each width: float64[K]."""
     known = sorted({max(1, round(share * part.width)) for share in _KNOWN})
-    x = torch.tensor(known, dtype=torch.float64)
-    y = torch.tensor([part_cost(part, pricing, width) for width in known], dtype=torch.float64)
-    if len(known) == 1:
-        return y.expand(len(widths)).clone()
-    left = (torch.searchsorted(x, widths.double(), right=True) - 1).clamp(0, len(x) - 2)
-    slope = (y[left + 1] - y[left]) / (x[left + 1] - x[left])
-    return y[left] + slope * (widths - x[left])
+    return interpolate(widths, known, [part_cost(part, pricing, width) for width in known])
 
 
 def budget_for(
@@ -151,7 +146,7 @@ def block_influence(program: Program, parts: Sequence[Part], windows: Tensor, pa
     for batch in token_batches(program, windows[:_FEW_WINDOWS], padding=masks):
         for _ in run_regions(program, [batch], lambda node, value: seen.update({node: value}), wanted=set(bounds)):
             pass
-        real = real_tokens(batch) if PADDING_INPUT in batch else None
+        real = real_tokens(batch)
         for index, (before, after) in enumerate(pairwise(bounds)):
             start, end = (seen[node].flatten(0, -2).double() for node in (before, after))
             found = torch.cosine_similarity(start, end, dim=-1)

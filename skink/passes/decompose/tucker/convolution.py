@@ -21,6 +21,7 @@ from skink.graph.passes import LayerRecord
 from skink.graph.program import Program
 from skink.graph.rewriter import Rewriter
 from skink.passes.decompose.replacement import free_prefix
+from skink.passes.decompose.selection import CUT_SHORT
 from skink.passes.decompose.tucker.tensor import Tucker, relative_error, tucker
 
 aten = torch.ops.aten
@@ -163,9 +164,10 @@ def replace_convolution(
         down = _thin(rewriter, f"{prefix}down.weight", stored.factors[1], weight.dim(), True, is_buffer)
         up = _thin(rewriter, f"{prefix}up.weight", stored.factors[0], weight.dim(), False, is_buffer)
     detail = f"ranks {rank_out} of {layer.shape[0]} and {rank_in} of {layer.shape[1]}, relative error {error:.4g}"
-    for node in layer.readers:
-        _replace(rewriter, node, down, core, up, detail)
+    done = [_replace(rewriter, node, down, core, up, detail) for node in layer.readers]
     program.drop_unused_weights()
+    if not all(done):
+        return layer.record("kept dense", layer.parameters, reason=CUT_SHORT)
     after = stored.core.numel() + sum(factor.numel() for factor in stored.factors if factor is not None)
     return layer.record("factored", after, rank=min(sizes), weight_error=error)
 
@@ -182,7 +184,7 @@ def _thin(
 
 def _replace(
     rewriter: Rewriter, node: fx.Node, down: fx.Node | None, core: fx.Node, up: fx.Node | None, detail: str
-) -> None:
+) -> bool:
     given = _arguments(node)
     pointwise = _POINTWISE[core.meta["val"].dim() - 2]
     with rewriter.before(node):
@@ -194,8 +196,9 @@ def _replace(
         if up is not None:
             bias = given.get("bias")
             value = rewriter.call(pointwise, value, up, *([bias] if bias is not None else []), rule=RULE)
-    rewriter.replace(node, value, rule=RULE, detail=detail)
+    done = rewriter.replace(node, value, rule=RULE, detail=detail)
     rewriter.erase_dead(node)
+    return done
 
 
 def _is_thin(node: fx.Node) -> bool:

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from skink.errors import GraphError, check_range
-from skink.graph.passes import Context, LayerRecord, Pass, PassResult
+from skink.graph.passes import Context, Pass, PassResult
 from skink.graph.pattern import NoMatch
 from skink.graph.program import Program, Stage
 from skink.graph.rewriter import Rewriter, describe
@@ -110,11 +109,7 @@ class Tucker(Pass):
             reason = self._reason_against(layer)
             if reason is not None:
                 choice.refuse(layer, reason)
-        for layer in choice:
-            if not _is_finite(program.weight(layer.weight)):
-                choice.refuse(layer, "the weight is not finite")
-        for layer, record, known in self._factored(program, rewriter, context, choice):
-            choice.record(layer, record)
+        for layer, known in self._factored(program, rewriter, context, choice):
             if known is not None and known.inputs.tokens < layer.shape[1]:
                 notes.append(
                     f"{layer.name}: {known.inputs.tokens} tokens of calibration text for {layer.shape[1]} input "
@@ -164,20 +159,22 @@ class Tucker(Pass):
 
     def _factored(
         self, program: Program, rewriter: Rewriter, context: Context, choice: Choice
-    ) -> Iterator[tuple[LinearLayer, LayerRecord, Statistics | None]]:
-        """Layers as they are replaced, with their records and with the statistics behind them."""
+    ) -> Iterator[tuple[LinearLayer, Statistics | None]]:
+        """Layers as they are replaced and recorded, with the statistics behind them."""
         chosen = {layer.weight: layer for layer in choice}
         if self.method == "plain":
             for done, layer in enumerate(chosen.values()):
-                yield layer, self._replace(program, rewriter, layer, None), None
+                self._replace(program, rewriter, choice, layer, None)
+                yield layer, None
                 context.progress(done + 1, len(chosen))
             return
         for name, known in stream_statistics(program, list(chosen), self.method, context):
-            yield chosen[name], self._replace(program, rewriter, chosen[name], known), known
+            self._replace(program, rewriter, choice, chosen[name], known)
+            yield chosen[name], known
 
     def _replace(
-        self, program: Program, rewriter: Rewriter, layer: LinearLayer, known: Statistics | None
-    ) -> LayerRecord:
+        self, program: Program, rewriter: Rewriter, choice: Choice, layer: LinearLayer, known: Statistics | None
+    ) -> None:
         weight, (rank_out, rank_in) = program.weight(layer.weight), self._ranks(layer)
         exact = weight.double()
         found = factorize(
@@ -194,7 +191,7 @@ class Tucker(Pass):
         up, down = up.to(weight.dtype).contiguous(), down.to(weight.dtype).contiguous()
         product = (up.double() if core is None else up.double() @ core.double()) @ down.double()
         error = relative_error(exact, product)
-        replace_by_factors(
+        done = replace_by_factors(
             program,
             rewriter,
             layer,
@@ -206,10 +203,11 @@ class Tucker(Pass):
         )
         rank, parameters = min(rank_out, rank_in), self._parameters(layer)
         if known is None:
-            return factored(layer, rank, parameters, weight_error=error)
-        record = known.record(layer, weight, product, rank, parameters)
-        simplest = plain_truncation_energy(exact, known.inputs.total, rank)
-        return replace(record, baseline_error=relative(simplest, rank))
+            record = factored(layer, rank, parameters, weight_error=error)
+        else:
+            simplest = relative(plain_truncation_energy(exact, known.inputs.total, rank), rank)
+            record = replace(known.record(layer, weight, product, rank, parameters), baseline_error=simplest)
+        choice.record(layer, record, done=done)
 
     def _kernel_ranks(self, kernel: Convolution) -> tuple[int, int]:
         most = kernel.shape[0], kernel.shape[1]
@@ -233,14 +231,10 @@ class Tucker(Pass):
             return f"rank={self.rank:g} of {shape} leaves no rank"
         if tucker_parameters(kernel.shape, *ranks) >= kernel.parameters:
             return f"ranks {ranks[0]} and {ranks[1]} of {shape} save nothing"
-        return None if _is_finite(weight) else "the weight is not finite"
+        return None if torch.isfinite(weight).all() else "the weight is not finite"
 
 
 def _three_factor_rank(keep: float, out: int, in_: int) -> int:
     """The largest R with R (out + in + R) <= keep * out * in."""
     both = out + in_
     return math.floor((math.sqrt(both * both + 4 * keep * out * in_) - both) / 2 + 1e-9)
-
-
-def _is_finite(weight: Tensor) -> bool:
-    return bool(torch.isfinite(weight).all())

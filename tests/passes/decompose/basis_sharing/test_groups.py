@@ -31,6 +31,11 @@ def test_groups_begin_at_the_first_layer_and_the_rest_is_smaller(count, size, ex
     assert [entry for group in groups for entry in group] == series(count)
 
 
+def test_blocks_of_a_model_that_is_nothing_else():
+    layers = [layer("0.q_proj"), layer("1.q_proj")]
+    assert names(sharing_groups(layers, ("q_proj",), 2)) == [("0.q_proj", "1.q_proj")]
+
+
 def test_what_does_not_share_is_single():
     layers = [*series(2), *series(2, "o_proj"), layer("head")]
     groups = sharing_groups(layers, ("*q_proj",), 2)

@@ -58,6 +58,24 @@ def test_uniform_ranks_make_up_for_what_stays_dense():
     assert found == uniform_ranks(stacks[:1], ranking(0.5, fixed=64.0)) | {stacks[1]: 0}
 
 
+class Flat:
+    """As measured times may be: factors are quicker than the matrix at any rank, and none quicker than another."""
+
+    def linear(self, out, in_, *, uses=1):
+        return 1.0
+
+    def low_rank_curve(self, out, in_, ranks, **form):
+        return torch.full((len(ranks),), 0.5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_no_rank_is_above_the_largest_that_is_of_use_whatever_it_costs(pivoted):
+    rule = Ranking(Flat(), pivoted, 1, 0.0, 0.8)
+    for stack, rank in uniform_ranks(STACKS, rule).items():
+        assert rank == rule.most(stack)
+    assert rule.curve(Stack((layer("row", 1, 8),)))[1].tolist() == [0]
+
+
 def test_uniform_ranks_at_all_of_the_price_and_at_too_little():
     assert set(uniform_ranks(STACKS, ranking(1.0)).values()) == {0}
     with pytest.raises(BudgetError) as caught:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from skink.graph.calibration import token_batches
+from skink.graph.regions import run_plan
 from skink.passes.decompose import LowRank
 from skink.passes.decompose.low_rank import refit as module
 from skink.passes.decompose.low_rank.refit import Half, fitted, spread_windows
@@ -117,6 +118,31 @@ def test_a_decoder_comes_nearer_on_the_text_that_it_was_fitted_to(family):
     exact = logits(program, ids)
     assert float((logits(refitted, ids) - exact).norm()) < 0.97 * float((logits(once, ids) - exact).norm())
     assert dict(refitted.weights()).keys() == dict(once.weights()).keys()
+
+
+class Parallel(nn.Module):
+    """As blocks of Falcon and Cohere: what the first layer read is read again behind the second."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        first, second, third, beside = self.layers
+        x = torch.relu(first(x))
+        return third(torch.relu(second(x))) + torch.sigmoid(beside(x))
+
+
+def test_blocks_side_by_side_are_computed_once(monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        module, "run_plan", lambda program, plan, *rest: ran.extend(plan) or run_plan(program, plan, *rest)
+    )
+    options = LowRank(keep=0.5, form="thin", method="whitened", share_inputs=False, refit=True)
+    run(captured(Parallel(), 3, 16), options, calibration=torch.randn(200, 16))
+    calls = [node for node, _ in ran if node.op == "call_function"]
+    assert len(calls) == len(set(calls))
 
 
 @pytest.mark.parametrize("length", [24, 7])
