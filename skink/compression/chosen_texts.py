@@ -96,6 +96,7 @@ def choose_texts(
     tokens: int,
     training_texts: TrainingTextOptions = _AS_USUAL,
     longest: int | None,
+    vocabulary: int | None = None,
     encoder: bool,
 ) -> ChosenTexts:
     """The windows of each text.
@@ -112,6 +113,7 @@ def choose_texts(
         tokens: how much is trained on; 0 for nothing.
         training_texts: how that is read and cut.
         longest: tokens that the model takes.
+        vocabulary: ids that it knows; None: as many as the tokenizer does.
         encoder: whether the model reads each text by itself.
 
     Raises:
@@ -152,6 +154,7 @@ def choose_texts(
         packing=training_texts.packing,
         field=training_texts.field,
         dtype=training_texts.dtype,
+        vocabulary=vocabulary,
     )
     if judged is not None:
         return ChosenTexts(found, judged, read)

@@ -193,7 +193,7 @@ def compress(
         SkinkError: see docs/errors.md.
     """
     from skink.compression.chosen_texts import choose_texts, training_text
-    from skink.compression.texts import longest_text
+    from skink.compression.texts import known_tokens, longest_text
     from skink.export.huggingface import load_source, to_huggingface
     from skink.export.huggingface.loading import STDLIB_LLAMA, holds_encoder
     from skink.export.huggingface.sentences import sentence_settings
@@ -227,6 +227,7 @@ def compress(
         tokens=tokens,
         training_texts=training_texts,
         longest=longest_text(model, tokenizer, settings.longest if settings else None),
+        vocabulary=known_tokens(model),
         encoder=encoder,
     )
     found = texts.calibration

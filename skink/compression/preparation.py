@@ -9,7 +9,7 @@ import torch
 
 from skink.compression.chosen_texts import ChosenTexts, check_apart, choose_texts, training_text
 from skink.compression.compress import Progress, canonical_program
-from skink.compression.texts import STANDARD_LIBRARY, longest_text
+from skink.compression.texts import STANDARD_LIBRARY, known_tokens, longest_text
 from skink.compression.training_texts import check_readable
 from skink.errors import OutputError
 from skink.export.huggingface import load_source
@@ -120,6 +120,7 @@ def prepare(name: str, recipe: Recipe, options: "CompressOptions", progress: Pro
         tokens=max((entry.training_tokens(length) for entry in recipe.everything), default=0),
         training_texts=options.training_texts,
         longest=longest_text(source, tokenizer, sentences.longest),
+        vocabulary=known_tokens(source),
         encoder=encoder,
     )
     teacher: Program | None = None

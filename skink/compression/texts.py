@@ -187,6 +187,16 @@ def longest_text(model: Any, tokenizer: Any, advised: int | None = None) -> int 
     return min((size for size in (positions, known, advised) if isinstance(size, int)), default=None)
 
 
+def known_tokens(model: Any) -> int | None:
+    """Ids of tokens that a model knows, as rows of its table; None where it shows none."""
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        # What transformers raises for a model whose table has another name.
+        return None
+    return None if table is None else int(table.shape[0])
+
+
 def _to_judge(
     tokenizer: Any, units: list[str], name: str, room: int, length: int, seen: set[str] | None = None
 ) -> HeldOutTexts:

@@ -13,7 +13,7 @@ import torch
 
 from skink.compression.chosen_texts import ChosenTexts, choose_texts, training_text
 from skink.compression.compress import captured
-from skink.compression.texts import STANDARD_LIBRARY, HeldOutTexts, longest_text, read_documents
+from skink.compression.texts import STANDARD_LIBRARY, HeldOutTexts, known_tokens, longest_text, read_documents
 from skink.errors import CalibrationError, SkinkError
 from skink.evaluation.harness import check_tasks
 from skink.exploration.axes import ModelFacts
@@ -116,6 +116,7 @@ class Workbench:
             tokens=tokens,
             training_texts=self.options.training_texts,
             longest=longest_text(self.source, self.tokenizer, self.sentences.longest),
+            vocabulary=known_tokens(self.source),
             encoder=self.encoder,
         )
 

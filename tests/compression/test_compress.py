@@ -162,6 +162,20 @@ def test_what_can_be_refused_is_refused_before_any_work() -> None:
         compress_program(tiny("llama"), "recover")
 
 
+def test_tokens_to_train_on_that_the_model_does_not_know_are_refused_before_any_pass_runs() -> None:
+    tokens = _rows(20, 2)
+    tokens[3, 5] = VOCABULARY
+    seen: list[str] = []
+    with pytest.raises(SkinkError, match=r"\[RECOVER-008\] (.|\n)*0 to 96"):
+        compress(
+            tiny("llama"),
+            "low-rank{keep=0.5,method=plain}, recover{ce=1,steps=1}",
+            training=tokens,
+            progress=lambda name, done, total: seen.append(name),
+        )
+    assert "low-rank" not in seen
+
+
 @pytest.mark.parametrize("loss", ["by=layer", "kl=1"])
 def test_a_teacher_of_another_vocabulary_is_refused_before_any_pass_runs(loss: str) -> None:
     seen: list[str] = []

@@ -49,7 +49,7 @@ class Recover(Pass):
         steps: to make, in place of `tokens`.
         batch: windows of a step, over all processes.
         micro_batch: most windows at once in a process; 0: all of its share. Less takes less memory.
-        learning_rate: the highest; by default 3e-5, or 2e-4 for `lora`, or 1e-4 by layer.
+        learning_rate: the highest.
         schedule: the way down from it.
         warmup: share of the steps in which it rises, 0 to 1.
         final: share of it that is left at the end, 0 to 1; by default 0.1.
@@ -89,7 +89,7 @@ class Recover(Pass):
     steps: int | None = None
     batch: int = 8
     micro_batch: int = 0
-    learning_rate: float | None = None
+    learning_rate: float = 1e-4
     schedule: Schedule = "cosine"
     warmup: float = 0.05
     final: float | None = None
@@ -148,7 +148,7 @@ class Recover(Pass):
         losses: dict[str, Any] = {name: weight or None for name, weight in self.losses().items()}
         tokens = None if self.steps is not None else self.training_tokens(1)
         final = _FINAL if self.final is None and self.schedule != "constant" else self.final
-        return replace(self, **losses, tokens=tokens, final=final, learning_rate=self.rate)
+        return replace(self, **losses, tokens=tokens, final=final)
 
     def applies(self, option: str) -> bool:
         return applies(self, option)
@@ -164,13 +164,6 @@ class Recover(Pass):
         """The loss."""
         return Terms(**self.losses(), temperature=self.temperature)
 
-    @property
-    def rate(self) -> float:
-        """The highest learning rate. A whole model that was trained already has most to lose."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 1e-4 if self.by == "layer" else 2e-4 if self.train == "lora" else 3e-5
-
     def train_options(self, *, seed: int, length: int, held_out: int = 1) -> TrainOptions:
         """How to train on windows of `length` tokens, with `held_out` tokens to judge by."""
         every = self.evaluate_every
@@ -181,7 +174,7 @@ class Recover(Pass):
             steps=self.steps,
             batch=self.batch,
             micro_batch=self.micro_batch,
-            learning_rate=self.rate,
+            learning_rate=self.learning_rate,
             schedule=self.schedule,
             warmup=self.warmup,
             final=_FINAL if self.final is None else self.final,

@@ -118,10 +118,7 @@ def test_losses_go_with_the_way_of_training() -> None:
     assert {name for name, weight in Recover(js=2.0).losses().items() if weight} == {"js"}
 
 
-def test_learning_rates_go_with_what_trains() -> None:
-    assert [entry.rate for entry in (Recover(), Recover(train="new"))] == [3e-5, 3e-5]
-    assert Recover(train="lora").rate > Recover().rate
-    assert Recover(by="layer").rate > Recover().rate
+def test_the_learning_rate_is_the_one_that_is_given() -> None:
     assert Recover(by="layer", learning_rate=0.5).train_options(seed=0, length=8).learning_rate == 0.5
 
 

@@ -99,7 +99,7 @@ def test_the_record_is_a_row_of_the_report() -> None:
     found = Recovery(name=str(record.pass_), **record.result.training)
     assert found.loss == {"kl": 1.0, "hidden": 0.5}
     assert found.text == "progressions"
-    assert found.settings["learning_rate"] == 3e-5
+    assert found.settings["learning_rate"] == 1e-4
     assert found.settings["final"] == 0.1
     assert found.settings["seed"] == 0
     assert "rank" not in found.settings
