@@ -280,7 +280,8 @@ def main() -> None:
             continue
         start = "dense" if name.startswith(DENSE) else "small"
         found = by_short_runs(done, start, way, arguments)
-        trials.append([name, ", ".join(f"{rate}: {found[rate]:.4f}" for rate in way.rates if rate in found)])
+        if found:
+            trials.append([name, ", ".join(f"{rate}: {found[rate]:.4f}" for rate in way.rates if rate in found)])
         for rate in way.rates if arguments.known else list(found)[: arguments.finalists]:
             stages = stages_of(way, arguments.precision, rate, arguments.tokens)
             if not arguments.known or f"{start} {stages}" in done.rows:
