@@ -3,7 +3,7 @@
 # make check        formatting, lint and types
 # make zoo          every family of transformers through Skink; writes docs/zoo.md (half an hour)
 # make bench        CPU benchmarks; make bench-gpu: GPU benchmarks
-# make bench-quality   what each method of decomposition loses, the study, and what training wins back (four hours)
+# make bench-quality   what each method of decomposition loses, the study, and what training wins back (a day)
 # make clean        remove what was built (not the environment)
 #
 # All of them share one virtual environment, made when it is missing or out of date. PYTHON=... chooses its interpreter.

@@ -10,7 +10,7 @@ has to be compared with. Perplexity is of the held-out windows that the other ta
 Rows are kept in the file of `--rows` as they come, and those that stand there already are not trained again.
 
     python benchmarks/quality/recovery.py [--model stdlib-llama] [--recipe 'low-rank{keep=0.6}'] [--tokens 2000000]
-        [--trial 150000] [--finalists 2] [--only PATTERN] [--precision bfloat16] [--threads N] [--rows FILE]
+        [--trial 150000] [--finalists 5] [--only PATTERN] [--precision bfloat16] [--threads N] [--rows FILE]
         [--known] [--out FILE.md]
 """
 
@@ -57,15 +57,15 @@ class Way:
 
 
 DENSE = "dense, "
-_HIGH = ("1e-5", "3e-5", "6e-5", "1e-4", "3e-4")
+_RATES = ("1e-5", "3e-5", "6e-5", "1e-4", "3e-4")
 _OF_ADAPTERS = ("1e-4", "3e-4", "1e-3")
 _BY_LAYER = "by=layer,train=all,learning_rate=3e-5"
 WAYS = {
-    DENSE + "cross-entropy": Way("ce=1,train=all", _HIGH),
-    DENSE + "half of each": Way("ce=0.5,kl=0.5,train=all", _HIGH),
+    DENSE + "cross-entropy": Way("ce=1,train=all", _RATES),
+    DENSE + "half of each": Way("ce=0.5,kl=0.5,train=all", _RATES),
     "cross-entropy": Way("ce=1,train=all"),
     "KL to the original": Way("kl=1,train=all"),
-    "half of each": Way("ce=0.5,kl=0.5,train=all", _HIGH),
+    "half of each": Way("ce=0.5,kl=0.5,train=all", _RATES),
     "a quarter KL": Way("ce=0.75,kl=0.25,train=all"),
     "reverse KL": Way("reverse_kl=1,train=all"),
     "Jensen-Shannon": Way("js=1,train=all"),
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="low-rank{keep=0.6}")
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--trial", type=int, default=150_000, help="tokens of the short runs")
-    parser.add_argument("--finalists", type=int, default=2, help="how many rates go the whole length")
+    parser.add_argument("--finalists", type=int, default=5, help="how many rates go the whole length; by default all")
     parser.add_argument("--only", default="*", help="shell-style pattern on the names of ways")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

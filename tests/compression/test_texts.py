@@ -13,6 +13,7 @@ from skink.compression.texts import (
     calibration_and_held_out,
     calibration_windows,
     encoder_texts,
+    known_tokens,
     longest_text,
 )
 from skink.errors import SkinkError
@@ -192,3 +193,12 @@ def test_text_for_an_encoder_needs_a_tokenizer_and_words() -> None:
             Words(), Documents("x", ("one two three four five six",)), Documents("few", ("a b",)), options, longest=None
         )
     assert encoder_texts(Words(), None, None, options, longest=None) == (None, None)
+
+
+def test_a_model_knows_as_many_tokens_as_its_table_has_rows() -> None:
+    class Hidden:
+        def get_input_embeddings(self) -> Any:
+            raise NotImplementedError
+
+    assert known_tokens(SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(7, 2))) == 7
+    assert known_tokens(Hidden()) is None
