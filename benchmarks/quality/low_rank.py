@@ -13,51 +13,32 @@ The model is captured once, and the statistics of the dense model are gathered o
 """
 
 import argparse
-import inspect
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from low_rank_subject import Subject, load, statistics_once
 from low_rank_tables import matrix_section, sections
 from rows import Rows, table
 
 from skink.cli.quiet import quiet_transformers
-from skink.compression.compress import captured
 from skink.compression.layer_losses import layer_losses
-from skink.compression.quality import encoder_quality
-from skink.compression.texts import (
-    HeldOutTexts,
-    TextOptions,
-    calibration_and_held_out,
-    encoder_texts,
-    longest_text,
-    read_documents,
-)
+from skink.compression.quality import encoder_loss, encoder_quality
+from skink.compression.texts import HeldOutTexts
 from skink.errors import SkinkError
-from skink.evaluation import answer, machine, multiple_choice, perplexity
-from skink.evaluation.questions import KINDS
-from skink.export.huggingface import load_source, to_huggingface
-from skink.export.huggingface.loading import holds_encoder
-from skink.export.huggingface.sentences import sentence_settings
-from skink.graph.calibration import stream_covariances
+from skink.evaluation import answer, machine, perplexity
 from skink.graph.cost import program_cost
-from skink.graph.gradients import stream_moments
+from skink.graph.objective import loss_unit
 from skink.graph.passes import LayerRecord, Pass
 from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program, Stage
 from skink.graph.windows import Windows
-from skink.passes.canonicalize import Canonicalize
-from skink.passes.decompose.selection import linear_layers
 from skink.passes.recipe import load_recipe
 
 # In tables, {keep} is the share of the linear parameters that stays.
@@ -81,100 +62,6 @@ METHODS: Mapping[str, str] = {
 KEEPS = (0.9, 0.8, 0.6, 0.4)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The model, captured once, and what it is measured with."""
-
-    name: str
-    source: Any
-    dense: Program
-    calibration: Windows
-    held_out: Windows | HeldOutTexts
-    questions: tuple[Any, ...]
-    pooling: Any
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """What a row depends on besides its recipe."""
-        calibration, held_out = self.calibration, self.held_out
-        shape = " x ".join(map(str, calibration.tokens.shape))
-        judged = (
-            f"{held_out.source}, {held_out.sha256[:12]}, {' x '.join(map(str, held_out.tokens.shape))} tokens"
-            if isinstance(held_out, Windows)
-            else f"{held_out.source}, {held_out.sha256[:12]}, {len(held_out.texts.mask)} texts"
-        )
-        return {
-            "model": Path(self.name).name,
-            "calibration": f"{calibration.source}, {calibration.sha256[:12]}, {shape} tokens",
-            "held out": judged,
-            "questions": ", ".join(f"{len(each)} {each.kind} ({each.sha256[:12]})" for each in self.questions)
-            or "none",
-            "dtype": str(self.dense.dtype).removeprefix("torch."),
-            "torch": version("torch"),
-        }
-
-    def model(self, program: Program) -> Any:
-        """A program as what transformers runs."""
-        config, generation = self.source.config, getattr(self.source, "generation_config", None)
-        return to_huggingface(program, config, generation, copy=False)
-
-
-def load(name: str, questions: int, text: str) -> Subject:
-    """Load, capture and canonicalise a model, and cut its texts."""
-    encoder = holds_encoder(name)
-    source, tokenizer = load_source(name, encoders=encoder)
-    settings = sentence_settings(name) if encoder else None
-    longest = longest_text(source, tokenizer, settings.longest if settings else None)
-    calibration: Windows | None
-    held_out: Windows | HeldOutTexts | None
-    calibration, held_out = (encoder_texts if encoder else calibration_and_held_out)(
-        tokenizer, text, None, TextOptions(), longest=longest
-    )
-    if tokenizer is None or calibration is None or held_out is None:
-        raise SystemExit(f"{name} has no tokenizer, or {text} no text to read")
-    dense = captured(source)
-    Pipeline((Canonicalize(),)).run(dense, verify=0)
-    asked = []
-    if questions and not encoder:
-        documents = read_documents(text, split="held-out")
-        asked = [multiple_choice(kind, documents, tokenizer, questions) for kind in KINDS]
-    return Subject(name, source, dense, calibration, held_out, tuple(asked), settings.pooling if settings else None)
-
-
-@contextmanager
-def statistics_once(subject: Subject) -> Iterator[None]:
-    """Statistics of the dense model are gathered once, and given again to every pass that asks for them.
-
-    They take most of a row's time, and are the same in each. Passes import the two functions by name; so every module
-    that did is given others meanwhile.
-    """
-    real: dict[str, Callable[..., Any]] = {"stream_moments": stream_moments, "stream_covariances": stream_covariances}
-    known: dict[str, list[dict[str, Any]]] = {}
-
-    def once(
-        name: str, program: Program, windows: torch.Tensor, names: Any, **options: Any
-    ) -> Iterator[dict[str, Any]]:
-        progress = options.pop("progress", None)
-        if len(program.edits) != len(subject.dense.edits) or options.get("follow_edits"):
-            yield from real[name](program, windows, names, progress=progress, **options)
-            return
-        usual = inspect.signature(real[name]).parameters
-        unusual = {option: value for option, value in options.items() if value is not usual[option].default}
-        key = f"{name} {sorted((option, str(value)) for option, value in unusual.items())}"
-        if key not in known:
-            every = [layer.weight for layer in linear_layers(subject.dense)]
-            known[key] = list(real[name](subject.dense, windows, every, progress=progress, **options))
-        for group in known[key]:
-            if asked := {weight: found for weight, found in group.items() if weight in set(names)}:
-                yield asked
-
-    with ExitStack() as stack:
-        for module in [module for name, module in sys.modules.items() if name.startswith("skink.passes.")]:
-            for name in real.keys() & vars(module).keys():
-                stack.enter_context(patch.object(module, name, partial(once, name)))
-        yield
-
-
 def passes_of(recipe: str) -> tuple[Pass, ...]:
     """The passes of a recipe. Raises SkinkError where this Skink has none such."""
     return load_recipe(recipe).passes
@@ -193,9 +80,8 @@ def quality(subject: Subject, program: Program, *, ask: bool) -> dict[str, Any]:
     """Perplexity and, where it is asked, accuracy of a decoder; agreement with the source of an encoder."""
     model = subject.model(program)
     if isinstance(subject.held_out, HeldOutTexts):
-        embeds = program.outputs[0] == "last_hidden_state"
-        models = {"source": subject.source, "result": model}
-        found = encoder_quality(models, subject.held_out, subject.pooling, embeds=embeds)["result"]
+        models = {"source": subject.model(subject.dense), "result": model}
+        found = encoder_quality(models, subject.held_out, subject.pooling, program.outputs)["result"]
         return {"measures": {entry.name: entry.value for entry in found}}
     measured = perplexity(model, subject.held_out.tokens)
     accuracies = {each.kind: asdict(answer(model, each)) for each in subject.questions if ask}
@@ -228,22 +114,35 @@ def row_of(rows: Rows, subject: Subject, recipe: str, *, ask: bool) -> dict[str,
 def matrices(subject: Subject, recipe: str, windows: int) -> list[dict[str, Any]]:
     """Predicted beside measured for every matrix that a recipe changes, each replaced alone."""
     program, layers = compressed(subject, recipe)
-    if not isinstance(subject.held_out, Windows):
-        return []
-    tokens = subject.held_out.tokens
-    some = tokens[torch.linspace(0, len(tokens) - 1, min(windows, len(tokens))).long()]
+    source = subject.model(subject.dense)
 
-    def nats(candidate: Program) -> float:
-        return perplexity(subject.model(candidate), some).nats_per_token
+    def loss(candidate: Program) -> float:
+        model = subject.model(candidate)
+        if isinstance(subject.held_out, HeldOutTexts):
+            return encoder_loss(source, model, subject.held_out, candidate.outputs)
+        return perplexity(model, some_windows(subject.held_out, windows)).nats_per_token
 
     found = layer_losses(
-        subject.dense, program, layers, nats, progress=lambda done, of: print(f"{done}/{of}", end="\r")
+        subject.dense, program, layers, loss, progress=lambda done, of: print(f"{done}/{of}", end="\r")
     )
     return [
         {"name": each.name, "shape": each.shape, "rank": each.rank, "predicted": each.predicted_loss,
          "measured": found[each.name]}
         for each in layers if each.name in found
     ]  # fmt: skip
+
+
+def some_windows(held_out: Windows, count: int) -> torch.Tensor:
+    """That many windows, evenly spaced: int64[count, T], fewer where there are fewer."""
+    tokens = held_out.tokens
+    return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).long()]
+
+
+def matrices_about(subject: Subject, windows: int) -> str:
+    """In what and on what single matrices are measured."""
+    if isinstance(subject.held_out, HeldOutTexts):
+        return f"Loss {loss_unit(subject.dense)}, on all held-out texts"
+    return f"Nats per token on {windows} of the held-out windows"
 
 
 def command(arguments: argparse.Namespace) -> str:
@@ -310,7 +209,8 @@ def main() -> None:
             f"    {command(arguments)}", "",
             "Columns: the share of the linear layers' parameters that was asked for.", "",
             *sections(dense, rows, keeps),
-            *([matrix_section(arguments.matrices, single, arguments.matrix_windows)] if single else []),
+            *([matrix_section(arguments.matrices, single, matrices_about(subject, arguments.matrix_windows))]
+              if single else []),
             *(f"{note}\n" for note in notes),
             table("Recipes", ["method", "recipe"], [[name, f"`{METHODS[name]}`"] for name in rows]),
             table("Measured with", ["what", "value"], [list(pair) for pair in about]),

@@ -8,14 +8,16 @@ import torch
 from rows import table
 
 from skink.evaluation import Accuracy, paired
+from skink.export.report.measures import RELATIVE_ERROR
 
 MISSING = "-"
 
 
 def added(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """Predicted and measured nats per token."""
+    """Predicted and measured loss."""
     predicted = MISSING if row["predicted"] is None else f"{row['predicted']:.4f}"
-    return f"{predicted} / {row['nats'] - dense['nats']:.4f}"
+    measured = row["measures"][RELATIVE_ERROR] if "measures" in row else row["nats"] - dense["nats"]
+    return f"{predicted} / {measured:.4f}"
 
 
 def accuracy(row: Mapping[str, Any], dense: Mapping[str, Any], kind: str) -> str:
@@ -56,12 +58,14 @@ def sections(dense: Mapping[str, Any], rows: Mapping[str, Mapping[float, Any]], 
                 f"Accuracy, {kind}, in per cent (dense {100 * known['value']:.1f}; in brackets the paired difference)"
             )
             found.append(grid(title, partial(accuracy, dense=dense, kind=kind)))
-    found += [grid(name, partial(agreement, name=name)) for name in dense.get("measures", ())]
+    if RELATIVE_ERROR in dense.get("measures", ()):
+        found.append(grid(f"{RELATIVE_ERROR}, predicted / measured", partial(added, dense=dense)))
+    found += [grid(name, partial(agreement, name=name)) for name in dense.get("measures", ()) if name != RELATIVE_ERROR]
     return [*found, grid("Linear parameters kept", lambda row: f"{row['kept']:.1%}")]
 
 
-def matrix_section(recipe: str, found: list[dict[str, Any]], windows: int) -> str:
-    """The table of single matrices, and how well the prediction orders and sizes them."""
+def matrix_section(recipe: str, found: list[dict[str, Any]], about: str) -> str:
+    """The table of single matrices, and how well the prediction orders and sizes them; `about`: unit and text."""
     rows = [
         [entry["name"], " x ".join(map(str, entry["shape"])), str(entry["rank"]),
          MISSING if entry["predicted"] is None else f"{entry['predicted']:.6f}", f"{entry['measured']:.6f}"]
@@ -75,7 +79,7 @@ def matrix_section(recipe: str, found: list[dict[str, Any]], windows: int) -> st
         order = float(torch.corrcoef(ranks.T)[0, 1])
         total = both.sum(dim=0)
         text += (
-            f"\nNats per token on {windows} of the held-out windows. Sums: predicted {total[0]:.4f}, measured "
-            f"{total[1]:.4f}. Rank correlation over {len(pairs)} matrices: {order:.3f}.\n"
+            f"\n{about}. Sums: predicted {total[0]:.4f}, measured {total[1]:.4f}. Rank correlation over {len(pairs)} "
+            f"matrices: {order:.3f}.\n"
         )
     return text

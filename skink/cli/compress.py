@@ -112,7 +112,7 @@ def compress(
         bool,
         typer.Option(
             "--measure-layers",
-            help="Also measure what each factored layer alone adds to the loss. Takes one perplexity for each layer.",
+            help="Also measure what each factored layer alone adds to the loss. Reads the held-out text once for each.",
             rich_help_panel=MEASURED,
         ),
     ] = False,

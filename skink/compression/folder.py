@@ -36,7 +36,7 @@ class CompressOptions:
         texts: how text is cut.
         speed: the workload to measure.
         evaluate: measure perplexity and speed before and after, of an encoder its embeddings or scores.
-        measure_layers: also measure what each factored layer alone adds to a decoder's loss: one perplexity each.
+        measure_layers: also measure what each factored layer alone adds to the loss, for one reading of the text each.
         onnx: also write ONNX, to the folder `onnx` in the output folder.
         overwrite: replace an output folder that exists.
         dtype: of the weights while working; `auto` is float32 on the CPU for weights stored in half precision. They are
@@ -123,14 +123,13 @@ def compress_to_folder(
             runtime = _write_onnx(done, source, tokenizer, folder / "onnx", progress, runs=not encoder)
         job = _job(found, done, folder, options, progress, status)
         compared: dict[str, Measured] = {}
-        losses: dict[str, float] = {}
         if isinstance(held_out, HeldOutTexts) or encoder:
             judged = held_out if isinstance(held_out, HeldOutTexts) else None
             forms = measure_encoder(job, judged, found.sentences)
         else:
             forms = measure_decoder(job, held_out, runtime)
-            losses = measure_layers(job, held_out)
             compared = compare(job, held_out)
+        losses = measure_layers(job, held_out)
         if compared:
             compared = {f"this recipe: {done.recipe}": forms[RESULT], **compared}
         report = build_report(

@@ -10,7 +10,7 @@ import torch
 from skink.compression.compress import Compression, Progress, compress_program, mute
 from skink.compression.layer_losses import layer_losses
 from skink.compression.measure import DENSE, RESULT, RUNTIME, SOURCE, Measured, score
-from skink.compression.quality import encoder_quality
+from skink.compression.quality import encoder_loss, encoder_quality
 from skink.compression.texts import HeldOutTexts
 from skink.evaluation import GenerationTarget, HuggingFaceTarget, Speed, Spread, measure_generation
 from skink.evaluation.linear_speed import measure_linear
@@ -74,8 +74,7 @@ def measure_encoder(job: Job, held_out: HeldOutTexts | None, settings: SentenceS
         models[name] = _in_our_form(job, program.with_dtype(job.source.dtype))
         forms[name] = Measured(program_cost(program))
     job.progress("quality", 0, 1)
-    embeds = job.done.program.outputs[0] == "last_hidden_state"
-    found = encoder_quality(models, held_out, settings.pooling, embeds=embeds)
+    found = encoder_quality(models, held_out, settings.pooling, job.done.program.outputs)
     job.progress("quality", 1, 1)
     return {name: replace(form, quality=found[name]) for name, form in forms.items()}
 
@@ -126,19 +125,23 @@ def _linear_seconds(job: Job, speed: Speed) -> dict[str, Spread]:
     )
 
 
-def measure_layers(job: Job, held_out: Windows | None) -> dict[str, float]:
+def measure_layers(job: Job, held_out: Windows | HeldOutTexts | None) -> dict[str, float]:
     """What each factored layer alone adds to the loss on held-out text, where that is wanted."""
     if not job.options.evaluate or not job.options.measure_layers or held_out is None:
         return {}
+    source = _in_our_form(job, job.done.dense)
 
-    def nats(program: Program) -> float:
-        return score(_in_our_form(job, program), held_out).nats_per_token
+    def loss(program: Program) -> float:
+        model = _in_our_form(job, program)
+        if isinstance(held_out, HeldOutTexts):
+            return encoder_loss(source, model, held_out, program.outputs)
+        return score(model, held_out).nats_per_token
 
     return layer_losses(
         job.done.dense,
         job.done.program,
         job.done.result.layers,
-        nats,
+        loss,
         progress=lambda done, total: job.progress("layers", done, total),
     )
 

@@ -29,7 +29,7 @@ def layer_losses(
     *,
     progress: Callable[[int, int], None] = _silent,
 ) -> dict[str, float]:
-    """What each layer alone adds to the loss, by the layer's name, in nats per token.
+    """What each layer alone adds to the loss, by the layer's name, in the unit of `score`.
 
     Left out are layers that were kept dense, and those whose edit leaves no matrix of the old shape.
 
@@ -37,7 +37,7 @@ def layer_losses(
         dense: the model before the recipe's passes, canonical.
         program: the same after them, from the same capture.
         records: what the passes did.
-        score: nats per token of a program; called once for `dense`, and once for each layer.
+        score: the loss of a program; called once for `dense`, and once for each layer.
         progress: called as (done, total) after each.
     """
     layers = {layer.name: layer for layer in linear_layers(dense)}

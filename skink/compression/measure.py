@@ -14,6 +14,7 @@ from skink.evaluation import perplexity as measure_perplexity
 from skink.export import report as rep
 from skink.export.report.measures import Setting
 from skink.graph.cost import ProgramCost
+from skink.graph.objective import loss_unit
 from skink.graph.passes import LayerRecord
 from skink.graph.run import PassRecord
 from skink.graph.windows import Windows
@@ -127,6 +128,7 @@ def build_report(
             for record in done.result.passes
             if record.result.training is not None
         ],
+        loss_unit=loss_unit(done.dense),
         notes=notes,
     )
 

@@ -7,6 +7,7 @@ An embedding is pooled from the last layer's hidden states h_t, over the tokens 
 as sentence-transformers does it (Reimers & Gurevych 2019, arXiv 1908.10084, section 3).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -197,6 +198,33 @@ def agreement(left: Any, right: Any, texts: Texts, *, batch: int = 16) -> Agreem
     if not count:
         raise InputError("INPUT-001", "there is no text to compare scores on.", fix="give held-out text.")
     return Agreement(same / count, divergence / count, count)
+
+
+def relative_error(left: Any, right: Any, texts: Texts, names: Sequence[str], *, batch: int = 16) -> float:
+    """Sum over results of |right - left|^2 / |left|^2, each over all tokens that are no padding.
+
+    Args:
+        left: a Hugging Face encoder.
+        right: another.
+        texts: to read.
+        names: of the results: [B, T, ...], or [B, E] where one is of the whole text.
+        batch: texts at once.
+
+    Raises:
+        InputError: INPUT-001, no text.
+    """
+    if not bool(texts.mask.any()):
+        raise InputError("INPUT-001", "there is no text to compare results on.", fix="give held-out text.")
+    error, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    pairs = zip(_results(left, texts, batch=batch), _results(right, texts, batch=batch), strict=True)
+    for (first, mask), (second, _) in pairs:
+        for name in names:
+            one, two = (getattr(result, name).double() for result in (first, second))
+            if one.shape[:2] == mask.shape:
+                one, two = one[mask.bool()], two[mask.bool()]
+            error[name] += float((two - one).square().sum())
+            size[name] += float(one.square().sum())
+    return sum(error[name] / size[name] if size[name] else math.inf for name in names)
 
 
 def _results(model: Any, texts: Texts, *, batch: int) -> Iterator[tuple[Any, Tensor]]:

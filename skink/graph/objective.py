@@ -53,6 +53,11 @@ def objective_of(
     return Probes(nodes, batches, samples=samples, seed=seed)
 
 
+def loss_unit(program: Program) -> str:
+    """Of the prices that `objective_of` leads to, in words that go after a number."""
+    return "nats per token" if "logits" in program.outputs else "of the results' squared norm"
+
+
 class _Draws:
     """Generators for each draw and window, so that numbers do not depend on how windows are put into batches."""
 

@@ -167,8 +167,12 @@ def test_an_encoder_is_measured_by_what_it_gives(tmp_path: Path, kind: type[Bert
     recipe.write_text(
         "passes: [low-rank: {keep: 0.5, method: whitened}]\ncompare: ['low-rank{keep=0.5,method=plain}']\n"
     )
-    options = CompressOptions(calibration=SENTENCES, texts=QUICK.texts)
+    options = CompressOptions(calibration=SENTENCES, texts=QUICK.texts, measure_layers=True)
     report = compress_to_folder(str(source), recipe, tmp_path / "small", options)
+    unit = "nats per token" if kind is BertForMaskedLM else "of the results' squared norm"
+    assert report.loss_unit == unit
+    assert all((layer.measured_loss is not None) == (layer.rank is not None) for layer in report.layers)
+    assert sum(layer.measured_loss or 0.0 for layer in report.layers) > 0
     names = [form.name for form in report.forms]
     assert names == ["transformers", "skink, empty recipe", "skink, compressed", "low-rank{keep=0.5,method=plain}"]
     assert all(form.perplexity is None and form.speed is None for form in report.forms)

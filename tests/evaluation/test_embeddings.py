@@ -1,5 +1,6 @@
 """Embeddings and what they find, against formulas written out for a few numbers."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from skink.errors import InputError
-from skink.evaluation.embeddings import Pooling, Texts, agreement, closeness, embed, order, retrieval
+from skink.evaluation.embeddings import (
+    Pooling,
+    Texts,
+    agreement,
+    closeness,
+    embed,
+    order,
+    relative_error,
+    retrieval,
+)
 
 HIDDEN = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]], [[50.0, 50.0], [-4.0, 3.0], [2.0, 1.0]]])
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
@@ -118,8 +128,33 @@ def test_agreement_of_scores_of_whole_texts_and_of_places() -> None:
         assert abs(found.divergence) < 1e-12
 
 
+def test_the_error_of_results_counts_real_tokens_and_adds_up_results() -> None:
+    class Pooled(Reader):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+            hidden = self.table[input_ids]
+            return SimpleNamespace(last_hidden_state=hidden, pooler_output=hidden[:, 0] * 2)
+
+    left, right = Pooled(), Pooled()
+    with torch.no_grad():
+        right.table[4] += torch.tensor([3.0, 4.0])
+        right.table[0] = torch.nan
+    tokens = torch.tensor([[3, 4, 0], [4, 6, 7]])
+    table = left.table.detach().double()
+    hidden = 2 * 25 / float(table[[3, 4, 4, 6, 7]].square().sum())
+    pooled = 4 * 25 / (4 * float(table[[3, 4]].square().sum()))
+    texts = Texts(tokens, (tokens > 0).long())
+    names = ["last_hidden_state", "pooler_output"]
+    for batch in (1, 2):
+        assert relative_error(left, right, texts, names, batch=batch) == pytest.approx(hidden + pooled)
+    with torch.no_grad():
+        left.table.zero_()
+    assert relative_error(left, right, texts, names) == math.inf
+
+
 def test_no_text_is_refused() -> None:
     nothing = torch.zeros(0, 3, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"\[INPUT-001\]"):
+        relative_error(Reader(), Reader(), Texts(nothing, nothing), ["last_hidden_state"])
     with pytest.raises(InputError, match=r"\[INPUT-001\]"):
         agreement(Reader(scores=True), Reader(scores=True), Texts(nothing, nothing))
 

@@ -233,7 +233,7 @@ def _layers(report: Report) -> Markup | None:
         "Weight: relative Frobenius error of the weight itself."
     )
     if with_loss:
-        caption += " Loss: nats per token that the edit should add, and that it alone added on held-out text."
+        caption += f" Loss: {report.loss_unit}, that the edit should add, and that it alone added on held-out text."
     errors = ("Predicted", "Plain SVD", "Weight", *(("Loss, predicted", "measured") if with_loss else ()))
     kind = ("Kind",) if several_kinds else ()
     shape = f"Out {fmt.TIMES} in"

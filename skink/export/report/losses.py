@@ -1,7 +1,8 @@
-"""What the edits were predicted to add to the loss, beside what was measured; all in nats per token."""
+"""What the edits were predicted to add to the loss, beside what was measured; all in the report's `loss_unit`."""
 
 from skink.export.report import formatting as fmt
 from skink.export.report.layers import KEPT
+from skink.export.report.measures import RELATIVE_ERROR
 from skink.export.report.model import Report
 from skink.export.report.summary import smallest
 
@@ -14,7 +15,7 @@ def loss_sentence(report: Report) -> str:
     predicted = [layer.predicted_loss for layer in report.layers if layer.predicted_loss is not None]
     if not predicted:
         return ""
-    text = f"Predicted to add {nats(sum(predicted))} nats per token in all"
+    text = f"Predicted to add {nats(sum(predicted))} {report.loss_unit} in all"
     missing = sum(layer.decision != KEPT and layer.predicted_loss is None for layer in report.layers)
     text += f", and {missing} layers without a prediction" if missing else ""
     both = [
@@ -42,6 +43,9 @@ def _together(report: Report) -> float | None:
     index = smallest(report)
     if index is None:
         return None
+    for measure in report.forms[index].quality:
+        if measure.name == RELATIVE_ERROR:
+            return measure.value
     before, after = report.forms[0].perplexity, report.forms[index].perplexity
     comparable = before is not None and after is not None and before.settings == after.settings
     return after.nats - before.nats if comparable else None  # type: ignore[union-attr]

@@ -29,6 +29,10 @@ class Perplexity(Record):
     settings: Settings
 
 
+# A measure of encoders in the unit of predicted losses, so that both can stand side by side.
+RELATIVE_ERROR = "Relative squared error"
+
+
 class Quality(Record):
     """Another measure of quality than perplexity, as the cosine of an encoder's embeddings with the source's.
 

@@ -83,8 +83,8 @@ class LayerRecord(Record):
         weight_error: relative Frobenius error of the weight.
         baseline_error: relative output error of plain SVD at the same rank.
         reason: why it was kept dense, or "".
-        predicted_loss: what the edit should add to the loss of the whole model, in nats per token.
-        measured_loss: what this edit alone added on held-out text, in nats per token.
+        predicted_loss: what the edit should add to the loss of the whole model, in the report's `loss_unit`.
+        measured_loss: what this edit alone added on held-out text, in the same unit.
     """
 
     name: str
@@ -169,6 +169,7 @@ class Report(Record):
         seed: of everything random in the run.
         forms: the models compared, the first one being the reference.
         savings: what the recipe saves, in every unit at once: the one meaning of "20% smaller".
+        loss_unit: of the layers' losses, in words that go after a number.
         notes: sentences that the reader must not miss.
     """
 
@@ -189,6 +190,7 @@ class Report(Record):
     layers: list[LayerRecord] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
     recoveries: list[Recovery] = Field(default_factory=list)
+    loss_unit: str = "nats per token"
     notes: list[str] = Field(default_factory=list)
 
     @field_validator("created")

@@ -4,6 +4,7 @@ import math
 
 from skink.export.report import formatting as fmt
 from skink.export.report.losses import loss_sentence, nats
+from skink.export.report.measures import RELATIVE_ERROR, Quality
 
 
 def with_layers(report, **changes):
@@ -49,3 +50,13 @@ def test_nothing_predicted_says_nothing(report, bare):
 
 def test_rounding_is_no_loss():
     assert (nats(None), nats(-1e-9), nats(-0.00125)) == (fmt.MISSING, "0", f"{fmt.MINUS}0.00125")
+
+
+def test_an_encoders_losses_are_of_its_results(report):
+    forms = list(report.forms)
+    error = Quality(name=RELATIVE_ERROR, value=0.0125, better="less", settings={"texts": 20})
+    forms[2] = forms[2].model_copy(update={"perplexity": None, "quality": [error]})
+    text = loss_sentence(report.model_copy(update={"forms": forms, "loss_unit": "of the results' squared norm"}))
+    assert text == (
+        "Predicted to add 0.00400 of the results' squared norm in all; measured, all of them at once add 0.0125."
+    )
