@@ -2,10 +2,13 @@
 //
 // Both products run in one call. Each weight is read from memory once and serves every token; the inner vectors, R
 // numbers a token in float32, never leave the caches. The rows of a weight are handed out to the threads in small
-// parts as they finish the ones before, since a thread that the system holds up would keep all others waiting.
+// parts as they finish the ones before, since a thread that the system holds up would keep all others waiting. Threads
+// are woken once: between the products they wait for the parts that others have taken, and for nothing else.
 //
 // Cost: (in + out) * R elements of memory; as many multiply-adds for each token.
 #pragma once
+
+#include <sched.h>
 
 #include "skink/kernels/cpp/parallel.h"
 #include "skink/kernels/cpp/products.h"
@@ -15,26 +18,25 @@ namespace skink::SKINK_ISA {
 constexpr int64_t kRowsAtOnce = 128;     // of a weight, at most, by one thread
 constexpr int64_t kBlockFloats = 4096;   // a third of the nearest cache
 constexpr int64_t kAheadBytes = 512;     // measured: less and more are slower, most of all in bfloat16
-constexpr int64_t kPartBytes = 1 << 16;  // of a weight: a few microseconds of reading
+constexpr int64_t kPartBytes = 1 << 15;  // of a weight: a microsecond or two of reading
 
 // Where each part of the scratch memory begins (in floats), and how many threads the work is worth.
 struct LowRankPlan {
     int64_t width, rank;    // rounded up to whole steps
-    int64_t inner, ordered;  // [tokens, rank]: as computed, and in the order of for_each_vector
+    int64_t inner;          // [tokens, rank], in the order of for_each_vector
     int64_t results;         // [workers, tokens, kRowsAtOnce]
     int64_t total;
     int64_t workers;
 };
 
 inline LowRankPlan plan_low_rank(const LowRankLinear& p, const Pool& pool) {
-    constexpr int64_t kWorkPerThread = 1 << 17;  // multiply-adds; below this, waking a thread costs more than it saves
+    constexpr int64_t kWorkPerThread = 1 << 15;  // multiply-adds; below this, waking a thread costs more than it saves
     constexpr int64_t kWhole = 32;
     LowRankPlan plan;
     plan.width = round_up(p.width, kWhole);
     plan.rank = round_up(p.rank, kWhole);
     plan.inner = p.tokens * plan.width;
-    plan.ordered = plan.inner + p.tokens * plan.rank;
-    plan.results = plan.ordered + p.tokens * plan.rank;
+    plan.results = plan.inner + p.tokens * plan.rank;
     plan.workers = max(1, min(pool.threads, p.tokens * p.rank * (p.width + p.outputs) / kWorkPerThread));
     plan.total = plan.results + plan.workers * p.tokens * kRowsAtOnce;
     return plan;
@@ -50,14 +52,19 @@ inline void order_row(const T* from, int64_t width, float* to) {
     for_each_vector(from, width, [&](int64_t d, Vec x) { store(to + d, x); });
 }
 
-// The same for a row that is float32 already and meets rows of T.
+// The same for `count` numbers from `first` on of a row of `width` that is float32 already and meets rows of T.
 template <typename T>
-inline void order_inner(const float* from, int64_t width, float* to) {
+inline void order_inner(const float* from, int64_t first, int64_t count, int64_t width, float* to) {
+    if constexpr (kStep<T> == 1) {
+        memcpy(to + first, from, static_cast<size_t>(count) * sizeof(float));
+        return;
+    }
     constexpr int64_t step = kStep<T> * kLanes;
-    int64_t d = 0;
-    for (; d + step <= width; d += step)
-        for (int64_t i = 0; i < step; ++i) to[d + i % kStep<T> * kLanes + i / kStep<T>] = from[d + i];
-    for (; d < width; d += kLanes) store(to + d, load_some(from + d, width - d));
+    const int64_t whole = width - width % step;
+    for (int64_t d = first; d < first + count; ++d) {
+        const int64_t i = d % step;
+        to[d < whole ? d - i + i % kStep<T> * kLanes + i / kStep<T> : d] = from[d - first];
+    }
 }
 
 // results[token * kRowsAtOnce + i] = vectors[token] . weight[i], for `count` rows of a weight and any number of tokens.
@@ -85,30 +92,51 @@ inline void multiply_rows(const float* vectors, int64_t vector_stride, int64_t t
     }
 }
 
-// Calls take(token, row, count, results) for the products of every token with up to kRowsAtOnce rows of a weight
-// [rows, width] at a time, on all threads.
-template <typename T, typename Take>
-inline void thin_product(const Pool& pool, int64_t workers, const float* vectors, int64_t vector_stride,
-                         int64_t tokens, const T* weight, int64_t weight_stride, int64_t rows, int64_t width,
-                         float* scratch, const Take& take) {
+// The rows of a weight, in parts that threads take.
+struct Parts {
+    int64_t rows, part;
+    int64_t next = 0;  // the first row that no thread has taken
+    int64_t done = 0;  // rows
+
+    int64_t count() const { return ceil_div(rows, part); }
+};
+
+template <typename T>
+inline Parts parts_of(int64_t rows, int64_t width) {
     constexpr int64_t kWhole = 16;  // rows that are multiplied at once
     const int64_t enough = kPartBytes / static_cast<int64_t>(sizeof(T)) / max(1, width);
-    const int64_t part = min(round_up(max(1, enough), kWhole), kRowsAtOnce);
-    int64_t next = 0;
-    run_workers(pool, static_cast<int>(min(workers, ceil_div(rows, part))), [&](int worker) {
-        float* const results = scratch + worker * tokens * kRowsAtOnce;
-        for (;;) {
-            const int64_t row = __atomic_fetch_add(&next, part, __ATOMIC_RELAXED);
-            if (row >= rows) return;
-            const int64_t count = min(part, rows - row);
-            multiply_rows(vectors, vector_stride, tokens, weight + row * weight_stride, weight_stride, count, width,
-                          results);
-            for (int64_t token = 0; token < tokens; ++token) take(token, row, count, results + token * kRowsAtOnce);
-        }
-    });
+    return {rows, min(round_up(max(1, enough), kWhole), kRowsAtOnce)};
 }
 
-// to[i] = found[i] + bias[i], rounded to T, for `count` results of one token; and in float32, where asked for.
+// Until every part is done. None is waited for that no running thread has taken, so threads that come late, or one
+// after the other, keep nobody.
+inline void wait_for(const Parts& parts) {
+    constexpr int kPatience = 1 << 12;
+    for (int turn = 0; __atomic_load_n(&parts.done, __ATOMIC_ACQUIRE) < parts.rows; ++turn) {
+        if (turn >= kPatience) sched_yield();
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+}
+
+// Calls take(token, row, count, results) for the products of every token with the rows of one part of a weight
+// [rows, width] after the other, as long as there are any that no thread has taken.
+template <typename T, typename Take>
+inline void multiply_parts(Parts& parts, const float* vectors, int64_t vector_stride, int64_t tokens, const T* weight,
+                           int64_t weight_stride, int64_t width, float* results, const Take& take) {
+    for (;;) {
+        const int64_t row = __atomic_fetch_add(&parts.next, parts.part, __ATOMIC_RELAXED);
+        if (row >= parts.rows) return;
+        const int64_t count = min(parts.part, parts.rows - row);
+        multiply_rows(vectors, vector_stride, tokens, weight + row * weight_stride, weight_stride, count, width,
+                      results);
+        for (int64_t token = 0; token < tokens; ++token) take(token, row, count, results + token * kRowsAtOnce);
+        __atomic_fetch_add(&parts.done, count, __ATOMIC_RELEASE);
+    }
+}
+
+// to[i] = found[i] + bias[i], rounded to T, for `count` results of one token; and in float32 into `exact`, where asked.
 template <typename T>
 inline void finish_rows(const float* found, const T* bias, int64_t count, T* to, float* exact) {
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -125,25 +153,27 @@ inline void low_rank_linear(const LowRankLinear& p, const Pool& pool, void* scra
         const LowRankPlan plan = plan_low_rank(p, pool);
         float* const input = static_cast<float*>(scratch);
         float* const inner = input + plan.inner;
-        float* const ordered = input + plan.ordered;
         const T* const bias = static_cast<const T*>(p.bias);
         T* const output = static_cast<T*>(p.output);
-        float* const results = input + plan.results;
         // The zeros at the end of each row are read, and multiplied by zeros.
         memset(scratch, 0, static_cast<size_t>(plan.total) * sizeof(float));
         for (int64_t token = 0; token < p.tokens; ++token)
             order_row(static_cast<const T*>(p.input) + token * p.input_stride, p.width, input + token * plan.width);
-        thin_product(pool, plan.workers, input, plan.width, p.tokens, static_cast<const T*>(p.down), p.down_stride,
-                     p.rank, p.width, results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
-                         memcpy(inner + token * plan.rank + row, found, static_cast<size_t>(count) * sizeof(float));
-                     });
-        for (int64_t token = 0; token < p.tokens; ++token)
-            order_inner<T>(inner + token * plan.rank, p.rank, ordered + token * plan.rank);
-        thin_product(pool, plan.workers, ordered, plan.rank, p.tokens, static_cast<const T*>(p.up), p.up_stride,
-                     p.outputs, p.rank, results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
-                         finish_rows<T>(found, bias == nullptr ? nullptr : bias + row, count,
-                                        output + token * p.outputs + row, nullptr);
-                     });
+        Parts first = parts_of<T>(p.rank, p.width), second = parts_of<T>(p.outputs, p.rank);
+        const int64_t workers = min(plan.workers, max(first.count(), second.count()));
+        run_workers(pool, static_cast<int>(workers), [&](int worker) {
+            float* const results = input + plan.results + worker * p.tokens * kRowsAtOnce;
+            multiply_parts(first, input, plan.width, p.tokens, static_cast<const T*>(p.down), p.down_stride, p.width,
+                           results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
+                               order_inner<T>(found, row, count, p.rank, inner + token * plan.rank);
+                           });
+            wait_for(first);
+            multiply_parts(second, inner, plan.rank, p.tokens, static_cast<const T*>(p.up), p.up_stride, p.rank,
+                           results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
+                               finish_rows<T>(found, bias == nullptr ? nullptr : bias + row, count,
+                                              output + token * p.outputs + row, nullptr);
+                           });
+        });
     });
 }
 

@@ -33,8 +33,6 @@ inline void pivoted_linear(const PivotedLinear& p, const Pool& pool, void* scrat
         const int64_t width = p.rank + p.others;
         float* const input = static_cast<float*>(scratch);
         float* const inner = input + plan.inner;
-        float* const ordered = input + plan.ordered;
-        float* const results = input + plan.results;
         T* const output = static_cast<T*>(p.output);
         T* const both = p.order == nullptr ? output : reinterpret_cast<T*>(input + plan.total);
         const T* const kept_bias = static_cast<const T*>(p.kept_bias);
@@ -43,18 +41,23 @@ inline void pivoted_linear(const PivotedLinear& p, const Pool& pool, void* scrat
         memset(scratch, 0, static_cast<size_t>(plan.total) * sizeof(float));
         for (int64_t token = 0; token < p.tokens; ++token)
             order_row(static_cast<const T*>(p.input) + token * p.input_stride, p.width, input + token * plan.width);
-        thin_product(pool, plan.workers, input, plan.width, p.tokens, static_cast<const T*>(p.kept), p.kept_stride,
-                     p.rank, p.width, results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
-                         finish_rows(found, kept_bias == nullptr ? nullptr : kept_bias + row, count,
-                                     both + token * width + row, inner + token * plan.rank + row);
-                     });
-        for (int64_t token = 0; token < p.tokens; ++token)
-            order_inner<T>(inner + token * plan.rank, p.rank, ordered + token * plan.rank);
-        thin_product(pool, plan.workers, ordered, plan.rank, p.tokens, static_cast<const T*>(p.rest), p.rest_stride,
-                     p.others, p.rank, results, [&](int64_t token, int64_t row, int64_t count, const float* found) {
-                         finish_rows<T>(found, rest_bias == nullptr ? nullptr : rest_bias + row, count,
-                                        both + token * width + p.rank + row, nullptr);
-                     });
+        Parts first = parts_of<T>(p.rank, p.width), second = parts_of<T>(p.others, p.rank);
+        const int64_t workers = min(plan.workers, max(first.count(), second.count()));
+        run_workers(pool, static_cast<int>(workers), [&](int worker) {
+            float* const results = input + plan.results + worker * p.tokens * kRowsAtOnce;
+            multiply_parts(first, input, plan.width, p.tokens, static_cast<const T*>(p.kept), p.kept_stride, p.width,
+                           results, [&](int64_t token, int64_t row, int64_t count, float* found) {
+                               finish_rows(found, kept_bias == nullptr ? nullptr : kept_bias + row, count,
+                                           both + token * width + row, found);
+                               order_inner<T>(found, row, count, p.rank, inner + token * plan.rank);
+                           });
+            wait_for(first);
+            multiply_parts(second, inner, plan.rank, p.tokens, static_cast<const T*>(p.rest), p.rest_stride, p.rank,
+                           results, [&](int64_t token, int64_t row, int64_t count, float* found) {
+                               finish_rows<T>(found, rest_bias == nullptr ? nullptr : rest_bias + row, count,
+                                              both + token * width + p.rank + row, nullptr);
+                           });
+        });
         if (p.order == nullptr) return;
         parallel_for(pool, p.tokens * p.outputs, kWorthAThread, [&](int64_t begin, int64_t end) {
             for (int64_t at = begin; at < end;) {

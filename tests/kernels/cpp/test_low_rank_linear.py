@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.cpp.closeness import assert_right, perturbed
+from tests.kernels.cpp.threads import same_bits
 from tests.kernels.low_rank_linear.cases import exact, operands
 
 
@@ -37,6 +38,11 @@ def test_on_threads(instruction_set: str, dtype: torch.dtype, threads: int, rows
     found = run(*given)
     assert_right(found, exact(*given))
     assert all(torch.equal(run(*given), found) for _ in range(3))
+
+
+def test_threads_that_wait_for_each_other_give_the_same_bits(instruction_set: str, dtype: torch.dtype) -> None:
+    sizes = [(200, 150, 330), (513, 97, 40), (64, 300, 700)]
+    assert same_bits(run, [operands((1,), width, rank, outputs, dtype) for width, rank, outputs in sizes])
 
 
 @pytest.mark.parametrize(
