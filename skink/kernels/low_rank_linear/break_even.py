@@ -40,8 +40,8 @@ _Shape = tuple[int, int, int, int, str, str] | tuple[int, int, int, int, str, st
 
 _SECONDS = 0.02  # for one form; large layers take the fewest rounds
 _ROUNDS = (5, 31)
-_COPIES = 16
-_COLD_BYTES = 32 << 20  # more than a core's own caches hold; the copies of small layers need not reach it
+_COPIES = 256
+_COLD_BYTES = 32 << 20  # more than a core's own caches hold; the copies of very small layers need not reach it
 
 _known: dict[str, dict[str, dict[Form, float]]] = {}
 

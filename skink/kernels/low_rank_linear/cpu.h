@@ -18,19 +18,19 @@ namespace skink::SKINK_ISA {
 constexpr int64_t kRowsAtOnce = 128;     // of a weight, at most, by one thread
 constexpr int64_t kBlockFloats = 4096;   // a third of the nearest cache
 constexpr int64_t kAheadBytes = 512;     // measured: less and more are slower, most of all in bfloat16
-constexpr int64_t kPartBytes = 1 << 15;  // of a weight: a microsecond or two of reading
+constexpr int64_t kPartBytes = 1 << 14;  // of a weight: a microsecond of reading
 
 // Where each part of the scratch memory begins (in floats), and how many threads the work is worth.
 struct LowRankPlan {
     int64_t width, rank;    // rounded up to whole steps
     int64_t inner;          // [tokens, rank], in the order of for_each_vector
-    int64_t results;         // [workers, tokens, kRowsAtOnce]
+    int64_t results;        // [workers, tokens, kRowsAtOnce]
     int64_t total;
     int64_t workers;
 };
 
 inline LowRankPlan plan_low_rank(const LowRankLinear& p, const Pool& pool) {
-    constexpr int64_t kWorkPerThread = 1 << 15;  // multiply-adds; below this, waking a thread costs more than it saves
+    constexpr int64_t kWorkPerThread = 1 << 14;  // multiply-adds; measured in a small model, whose weights come from afar
     constexpr int64_t kWhole = 32;
     LowRankPlan plan;
     plan.width = round_up(p.width, kWhole);
