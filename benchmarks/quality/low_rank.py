@@ -139,10 +139,9 @@ def some_windows(held_out: Windows, count: int) -> torch.Tensor:
 
 
 def matrices_about(subject: Subject, windows: int) -> str:
-    """In what and on what single matrices are measured."""
-    if isinstance(subject.held_out, HeldOutTexts):
-        return f"Loss {loss_unit(subject.dense)}, on all held-out texts"
-    return f"Nats per token on {windows} of the held-out windows"
+    """In what and on what single matrices are measured, in words that go after a number."""
+    text = "all held-out texts" if isinstance(subject.held_out, HeldOutTexts) else f"{windows} held-out windows"
+    return f"{loss_unit(subject.dense)}, on {text}"
 
 
 def command(arguments: argparse.Namespace) -> str:

@@ -79,7 +79,7 @@ def matrix_section(recipe: str, found: list[dict[str, Any]], about: str) -> str:
         order = float(torch.corrcoef(ranks.T)[0, 1])
         total = both.sum(dim=0)
         text += (
-            f"\n{about}. Sums: predicted {total[0]:.4f}, measured {total[1]:.4f}. Rank correlation over {len(pairs)} "
+            f"\nSums: predicted {total[0]:.4f}, measured {total[1]:.4f} {about}. Rank correlation over {len(pairs)} "
             f"matrices: {order:.3f}.\n"
         )
     return text
