@@ -253,6 +253,7 @@ def _pass_record(record: PassRecord) -> rep.PassRecord:
         verified=record.verified,
         skipped=len(record.result.refused),
         rejections=[rep.Rejection(where=where, reason=reason) for where, reason in record.rejections()],
+        notes=[] if record.result.training is not None else list(record.result.notes),
     )
 
 

@@ -79,6 +79,12 @@ def test_what_single_layers_added_stands_beside_what_was_predicted(done) -> None
     assert set(found.values()) == {None}
 
 
+def test_what_passes_had_to_say_is_in_the_report(done) -> None:
+    record = report(done).passes[-1]
+    assert record.notes == list(done.result.passes[-1].result.notes)
+    assert any(note.startswith("kept of ") for note in record.notes)
+
+
 def test_perplexity_comes_with_its_settings(done) -> None:
     source, result = report(done).forms
     with torch.no_grad():

@@ -181,7 +181,14 @@ def _passes(passes: Sequence[PassRecord]) -> Markup | None:
         "KL: divergence of the next-token distribution from the captured model's, nats per token."
     )
     heads = ("Pass", "Time", "Edits", "Skipped", "Error", "KL", "Verified")
-    return _section("Passes", table(caption, heads, cells, "passes"), pass_plots(passes), _rejections(passes))
+    notes = [tag("li", f"{record.name}: {note}") for record in passes for note in record.notes]
+    return _section(
+        "Passes",
+        table(caption, heads, cells, "passes"),
+        tag("ul", notes) if notes else None,
+        pass_plots(passes),
+        _rejections(passes),
+    )
 
 
 def _rejections(passes: Sequence[PassRecord]) -> Markup | None:

@@ -56,6 +56,7 @@ class PassRecord(Record):
         kl: mean KL divergence of the captured model's next-token distribution from this one's, nats per token.
         verified: 0 not at all, 1 structure, 2 numbers too, 3 numbers after every edit.
         skipped: places that matched in part and were left alone; `rejections` names them, perhaps not all.
+        notes: what else there is to know; of a pass that trained, its `Recovery` has them.
     """
 
     name: str
@@ -67,6 +68,7 @@ class PassRecord(Record):
     verified: Annotated[int, Field(ge=0, le=3)] = 0
     skipped: Count = 0
     rejections: list[Rejection] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
 
 
 class LayerRecord(Record):

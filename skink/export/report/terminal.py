@@ -36,7 +36,7 @@ def render(report: Report) -> Group:
     if report.recoveries:
         parts += [Text(), *_recoveries(report)]
     if report.passes:
-        parts += [Text(), _passes(report.passes), *_rejections(report.passes)]
+        parts += [Text(), _passes(report.passes), *_remarks(report.passes)]
     if report.layers:
         sentences = (layers_sentence(report.layers), loss_sentence(report))
         parts += [Text(), *(Text(fmt.clean(sentence)) for sentence in sentences if sentence)]
@@ -140,7 +140,8 @@ def _number(value: float | None) -> str:
     return fmt.MISSING if value is None else fmt.plain(value, 3)
 
 
-def _rejections(passes: Sequence[PassRecord]) -> list[RenderableType]:
+def _remarks(passes: Sequence[PassRecord]) -> list[RenderableType]:
+    """What each pass left alone, and what else it has to say."""
     lines: list[RenderableType] = []
     for record in passes:
         reasons = rejections_by_reason(record)
@@ -149,6 +150,7 @@ def _rejections(passes: Sequence[PassRecord]) -> list[RenderableType]:
             lines.append(_bullet(f"{record.name} left {where}: {reason}", style="dim"))
         if len(reasons) > _REASONS_SHOWN:
             lines.append(_bullet(f"{record.name}: {len(reasons) - _REASONS_SHOWN} more reasons in the report", "dim"))
+        lines += [_bullet(f"{record.name}: {note}", style="dim") for note in record.notes]
     return lines
 
 

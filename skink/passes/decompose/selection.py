@@ -1,6 +1,6 @@
 """Which weights of a program are linear layers, and what speaks against factoring one, whatever its size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -106,6 +106,21 @@ class Choice:
         """What the pass returns: one record for each layer, in the graph's order."""
         records = [self._records[layer.weight] for layer in self.layers if layer.weight in self._records]
         return PassResult(edits=rewriter.count, refused=tuple(self._refused), layers=tuple(records), notes=tuple(notes))
+
+
+def notes_on_few_tokens(seen: Iterable[tuple[str, int, int]], then: str) -> list[str]:
+    """One note for all layers that see less calibration text than it takes to tell their inputs apart, or none.
+
+    Args:
+        seen: (name, tokens, input features) of layers.
+        then: what becomes of such layers.
+    """
+    short = [(tokens / features, name, tokens, features) for name, tokens, features in seen if tokens < features]
+    if not short:
+        return []
+    _, name, tokens, features = min(short)
+    others = f", and too few for {len(short) - 1} others" if len(short) > 1 else ""
+    return [f"{name}: {tokens} tokens of calibration text for {features} input features{others}; {then}"]
 
 
 def choose_layers(

@@ -145,3 +145,8 @@ def test_hundreds_of_layers(make_report):
 
 def test_the_same_report_gives_the_same_page(report):
     assert page(report) == page(type(report).from_json(report.to_json()))
+
+
+def test_what_passes_have_to_say_is_listed(report):
+    record = report.passes[1].model_copy(update={"notes": ["too <little> text"]})
+    assert "low-rank: too <little> text" in words(parsed(page(report.model_copy(update={"passes": [record]}))))

@@ -114,5 +114,12 @@ def test_many_reasons_are_summed_up(report):
     assert "low-rank: 6 more reasons in the report" in show(report.model_copy(update={"passes": [record]}))
 
 
+def test_what_passes_have_to_say(report):
+    record = report.passes[1].model_copy(update={"notes": ["too [little] text", "refit: 3 of 4 factors."]})
+    shown = show(report.model_copy(update={"passes": [record]}))
+    assert "low-rank: too [little] text" in shown
+    assert "low-rank: refit: 3 of 4 factors." in shown
+
+
 def test_missing_parts(bare):
     assert show(bare).splitlines() == [bare.title, "stdlib-llama (llama, float32)", bare.recipe.line]

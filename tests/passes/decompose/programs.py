@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from skink.graph.capture import capture
 from skink.graph.pipeline import Pipeline
@@ -24,6 +25,20 @@ def run(program, options, *, calibration=None, padding=None, progress=lambda nam
 
 def captured(module, *shape):
     program = capture(module.eval(), (torch.randn(*shape),))
+    Pipeline((Canonicalize(),)).run(program, verify=0)
+    return program
+
+
+def encoder(kind, **options):
+    """A tiny BERT of a kind of Auto class, canonical."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("bert", **sizes, num_attention_heads=4, max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = kind.from_config(config, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    program = capture(model)
     Pipeline((Canonicalize(),)).run(program, verify=0)
     return program
 

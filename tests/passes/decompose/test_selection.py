@@ -4,7 +4,7 @@ from torch import nn
 
 from skink.graph.capture import capture
 from skink.graph.output_heads import output_heads
-from skink.passes.decompose.selection import linear_layers, structural_reason
+from skink.passes.decompose.selection import linear_layers, notes_on_few_tokens, structural_reason
 from tests.graph.programs import canonical
 
 
@@ -106,3 +106,13 @@ class Computed(nn.Module):
 
 def test_a_weight_that_is_computed_is_no_layer():
     assert linear_layers(capture(Computed(), (torch.randn(3, 8),))) == []
+
+
+def test_one_note_for_all_layers_with_few_tokens():
+    assert notes_on_few_tokens([("a", 16, 16), ("b", 40, 16)], "so be it.") == []
+    assert notes_on_few_tokens([("a", 16, 16), ("b", 4, 16)], "so be it.") == [
+        "b: 4 tokens of calibration text for 16 input features; so be it."
+    ]
+    assert notes_on_few_tokens([("a", 9, 16), ("b", 4, 16), ("c", 5, 80)], "so be it.") == [
+        "c: 5 tokens of calibration text for 80 input features, and too few for 2 others; so be it."
+    ]

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from skink.budget import Pricing, pricing
 from skink.budget.target import LatencyPricing
+from skink.graph.objective import loss_unit
 from skink.graph.passes import Context, PassResult
+from skink.graph.pooling import rows_per_text
 from skink.graph.program import Program
 from skink.graph.rewriter import Rewriter
 from skink.passes.decompose.factorize.factorize import relative, weight_error
@@ -33,7 +35,7 @@ from skink.passes.decompose.replacement import (
     replace_by_pivots,
     replace_by_shared_input,
 )
-from skink.passes.decompose.selection import Choice, LinearLayer
+from skink.passes.decompose.selection import Choice, LinearLayer, notes_on_few_tokens
 
 Allocation = Literal["global", "uniform", "measured"]
 
@@ -70,7 +72,7 @@ class Run:
         self._recipe, self._ranking, self._allocation, self._share = recipe, ranking, allocation, share
         self._progress = _Progress(context, len(choice))
         self._done: list[tuple[Stack, int, list[float | None]]] = []
-        self._few_tokens: list[str] = []
+        self._seen: list[tuple[str, int, int]] = []
         # The program as it was, and the first factor of each candidate with a weight that read the same.
         self._dense = program.clone() if fit else None
         self._first: dict[str, str] = {}
@@ -97,11 +99,19 @@ class Run:
         if self._dense is not None and self._first:
             changed, factors = refit(self._dense, self._program, self._first, self._context)
             fitted = [f"refit: {changed} of {factors} factors; for the others, the text tells nothing better."]
-        return self._choice.result(self._rewriter, [*notes, *self._few_tokens, *fitted, *self._summary(counted)])
+        few = notes_on_few_tokens(self._seen, "directions that they do not reach are kept by the weight's size.")
+        return self._choice.result(self._rewriter, [*notes, *few, *fitted, *self._summary(counted)])
 
     def _reason_against(self, layer: LinearLayer) -> str | None:
         _, ranks = self._ranking.curve(Stack((layer,)))
-        return None if len(ranks) > 1 else f"no rank of {layer.shape[0]}x{layer.shape[1]} saves anything"
+        if len(ranks) <= 1:
+            return f"no rank of {layer.shape[0]}x{layer.shape[1]} saves anything"
+        inputs = layer.readers[0].args[0]
+        each = rows_per_text(self._program, inputs) if isinstance(inputs, fx.Node) else None
+        if self._recipe.method == "plain" or self._context.calibration is None or each is None:
+            return None
+        rows = each * len(self._context.calibration)
+        return None if rows >= layer.shape[1] else f"too little text: {rows} rows, by text, for {layer.shape[1]} inputs"
 
     def _uniform(self, found: Sequence[tuple[LinearLayer, ...]], ranking: Ranking) -> Iterator[tuple[Candidate, int]]:
         ranks = uniform_ranks([Stack(group) for group in found], ranking)
@@ -187,11 +197,8 @@ class Run:
             )
         if done:
             self._done.append((stack, rank, losses))
-        if entry.tokens is not None and entry.tokens < stack.shape[1]:
-            self._few_tokens.append(
-                f"{stack.name}: {entry.tokens} tokens of calibration text for {stack.shape[1]} input features; "
-                "directions that they do not reach are kept by the weight's size."
-            )
+        if entry.tokens is not None:
+            self._seen.append((stack.name, entry.tokens, stack.shape[1]))
 
     def _replace(self, stack: Stack, up: Tensor, down: Tensor, detail: str) -> tuple[bool, list[int]]:
         """Edit the graph; whether the limit allowed it, and the parameters that each layer has then.
@@ -236,7 +243,9 @@ class Run:
             )
             shares.append(f"{after / before:.4f} of the {name}")
         losses = [loss for _, _, found in self._done for loss in found if loss is not None]
-        predicted = f"; predicted rise of the loss: {math.fsum(losses):.4g} nats per token" if losses else ""
+        predicted = (
+            f"; predicted rise of the loss: {math.fsum(losses):.4g} {loss_unit(self._program)}" if losses else ""
+        )
         return [f"kept of {len(counted)} linear layers: {', '.join(shares)}{predicted}."]
 
 

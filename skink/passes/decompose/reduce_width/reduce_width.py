@@ -44,7 +44,7 @@ from skink.passes.decompose.reduce_width.sharing import (
     by_share,
     widths_on_offer,
 )
-from skink.passes.decompose.selection import LinearLayer, choose_layers
+from skink.passes.decompose.selection import LinearLayer, choose_layers, notes_on_few_tokens
 
 Allocation = Literal["global", "uniform", "block-influence"]
 KINDS: tuple[Kind, ...] = ("feed-forward", "value-output", "query-key")
@@ -251,21 +251,21 @@ class ReduceWidth(Pass):
 
 
 class _Book:
-    """The records of narrowed layers, by weight, and notes."""
+    """The records of narrowed layers, by weight, and what text they saw."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self.records: dict[str, LayerRecord] = {}
-        self.notes: list[str] = []
+        self._seen: list[tuple[str, int, int]] = []
+
+    @property
+    def notes(self) -> list[str]:
+        """Where there is less text than a fit needs."""
+        return notes_on_few_tokens(self._seen, "what the text does not tell apart is fitted to chance.")
 
     def count(self, found: Mapping[str, Covariance]) -> None:
-        """Note where there is less text than a fit needs."""
-        self.notes += [
-            f"{name.removesuffix('.weight')}: {covariance.tokens} tokens of calibration text for "
-            f"{len(covariance.total)} channels; what the text does not tell apart is fitted to chance."
-            for name, covariance in found.items()
-            if covariance.tokens < len(covariance.total)
-        ]
+        """Put down how much text there is for each."""
+        self._seen += [(name.removesuffix(".weight"), each.tokens, len(each.total)) for name, each in found.items()]
 
     def write(self, layers: Mapping[str, LinearLayer], widths: Mapping[Part, int], errors: Mapping[str, float]) -> None:
         """Put down an edit; what it loses stands with the layer that leads each part, and 0 with the others."""

@@ -24,7 +24,7 @@ from skink.graph.rewriter import Rewriter, describe
 from skink.passes.decompose.basis_sharing.statistics import Statistics, stream_statistics
 from skink.passes.decompose.factorize.factorize import factorize, plain_truncation_energy, relative, uniform_rank
 from skink.passes.decompose.replacement import factored, replace_by_factors
-from skink.passes.decompose.selection import Choice, LinearLayer
+from skink.passes.decompose.selection import Choice, LinearLayer, notes_on_few_tokens
 from skink.passes.decompose.tucker.convolution import (
     Convolution,
     convolutions,
@@ -109,12 +109,11 @@ class Tucker(Pass):
             reason = self._reason_against(layer)
             if reason is not None:
                 choice.refuse(layer, reason)
+        seen: list[tuple[str, int, int]] = []
         for layer, known in self._factored(program, rewriter, context, choice):
-            if known is not None and known.inputs.tokens < layer.shape[1]:
-                notes.append(
-                    f"{layer.name}: {known.inputs.tokens} tokens of calibration text for {layer.shape[1]} input "
-                    "features; directions that they do not reach are kept by the weight's size."
-                )
+            if known is not None:
+                seen.append((layer.name, known.inputs.tokens, layer.shape[1]))
+        notes += notes_on_few_tokens(seen, "directions that they do not reach are kept by the weight's size.")
         records, refused = [], []
         for kernel in kernels:
             unwanted = space.reason_to_leave(kernel.name)

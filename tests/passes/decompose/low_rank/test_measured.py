@@ -1,36 +1,20 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from skink.graph.capture import capture
 from skink.graph.passes import Context
-from skink.graph.pipeline import Pipeline
-from skink.passes.canonicalize import Canonicalize
 from skink.passes.decompose.factorize.factorize import factorize
 from skink.passes.decompose.low_rank.candidates import Candidate, Stack
 from skink.passes.decompose.low_rank.measured import measured_losses
 from skink.passes.decompose.selection import linear_layers
 from tests.graph.programs import canonical
-from tests.passes.decompose.programs import Block, captured, logits, text
+from tests.passes.decompose.programs import Block, captured, encoder, logits, text
 
 
 def candidates(program, names):
     chosen = [layer for layer in linear_layers(program) if layer.name in names]
     return [Candidate(Stack((layer,)), factorize(program.weight(layer.weight))) for layer in chosen]
-
-
-def encoder(kind, **options):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    config = AutoConfig.for_model("bert", **sizes, num_attention_heads=4, max_position_embeddings=32)
-    torch.manual_seed(0)
-    model = kind.from_config(config, **options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    program = capture(model)
-    Pipeline((Canonicalize(),)).run(program, verify=0)
-    return program
 
 
 def padded():

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from skink.errors import BudgetError
 from skink.graph.gradients import stream_moments
 from skink.passes.decompose import LowRank
 from skink.passes.decompose.selection import linear_layers, structural_reason
 from tests.graph.programs import canonical
-from tests.passes.decompose.programs import Block, captured, logits, run, text
+from tests.passes.decompose.programs import Block, captured, encoder, logits, run, text
 
 
 def kept(program, changed):
@@ -190,3 +191,18 @@ def test_an_encoder_block():
     assert {record.decision for record in result.layers} <= {"factored", "kept dense"}
     assert any(record.predicted_loss for record in result.layers)
     assert "first.order" in dict(changed.weights()) or "second.order" in dict(changed.weights())
+
+
+@pytest.mark.parametrize("method", ["two-sided", "whitened"])
+def test_what_reads_a_row_of_each_text_needs_as_many_texts_as_inputs(method):
+    program = encoder(AutoModelForSequenceClassification)
+    texts = torch.randint(1, 64, (40, 6), generator=torch.Generator().manual_seed(2))
+
+    def pooler(count, options):
+        result, _ = run(program, options, calibration=texts[:count])
+        return next(layer for layer in result.layers if layer.name.endswith("pooler.dense"))
+
+    left = pooler(31, LowRank(keep=0.5, method=method, ignore=("classifier",)))
+    assert (left.decision, left.reason) == ("kept dense", "too little text: 31 rows, by text, for 32 inputs")
+    assert pooler(32, LowRank(keep=0.5, method=method, allocation="uniform")).decision == "factored"
+    assert pooler(31, LowRank(keep=0.5, method="plain")).decision == "factored"

@@ -252,6 +252,6 @@ def test_padding_does_not_count():
 
 def test_too_little_text_is_noted():
     result, _ = run(canonical("llama"), ReduceWidth(keep=0.8, parts=("feed-forward",)), calibration=text(2, 24))
-    assert [note for note in result.notes if "48 tokens of calibration text for 128 channels" in note]
+    assert [note for note in result.notes if "48 tokens of calibration text for 128 input features" in note]
     result, _ = run(canonical("llama"), ReduceWidth(keep=0.8, parts=("feed-forward",)), calibration=text(6, 24))
     assert not result.notes
