@@ -218,10 +218,11 @@ def relative_error(left: Any, right: Any, texts: Texts, names: Sequence[str], *,
     error, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     pairs = zip(_results(left, texts, batch=batch), _results(right, texts, batch=batch), strict=True)
     for (first, mask), (second, _) in pairs:
+        real = mask.bool().cpu()
         for name in names:
-            one, two = (getattr(result, name).double() for result in (first, second))
-            if one.shape[:2] == mask.shape:
-                one, two = one[mask.bool()], two[mask.bool()]
+            one, two = (getattr(result, name).double().cpu() for result in (first, second))
+            if one.shape[:2] == real.shape:
+                one, two = one[real], two[real]
             error[name] += float((two - one).square().sum())
             size[name] += float(one.square().sum())
     return sum(error[name] / size[name] if size[name] else math.inf for name in names)

@@ -30,7 +30,7 @@ struct LowRankPlan {
 };
 
 inline LowRankPlan plan_low_rank(const LowRankLinear& p, const Pool& pool) {
-    constexpr int64_t kWorkPerThread = 1 << 14;  // multiply-adds; measured in a small model, whose weights come from afar
+    constexpr int64_t kWorkPerThread = 1 << 14;  // multiply-adds: for fewer, waking a thread does not pay
     constexpr int64_t kWhole = 32;
     LowRankPlan plan;
     plan.width = round_up(p.width, kWhole);

@@ -106,12 +106,13 @@ class Run:
         _, ranks = self._ranking.curve(Stack((layer,)))
         if len(ranks) <= 1:
             return f"no rank of {layer.shape[0]}x{layer.shape[1]} saves anything"
-        inputs = layer.readers[0].args[0]
-        each = rows_per_text(self._program, inputs) if isinstance(inputs, fx.Node) else None
-        if self._recipe.method == "plain" or self._context.calibration is None or each is None:
+        windows, inputs = self._context.calibration, layer.readers[0].args[0]
+        if self._recipe.method == "plain" or windows is None or not isinstance(inputs, fx.Node):
             return None
-        rows = each * len(self._context.calibration)
-        return None if rows >= layer.shape[1] else f"too little text: {rows} rows, by text, for {layer.shape[1]} inputs"
+        each = rows_per_text(self._program, inputs)
+        if each is None or each * len(windows) >= layer.shape[1]:
+            return None
+        return f"too little text: {each * len(windows)} rows, by text, for {layer.shape[1]} inputs"
 
     def _uniform(self, found: Sequence[tuple[LinearLayer, ...]], ranking: Ranking) -> Iterator[tuple[Candidate, int]]:
         ranks = uniform_ranks([Stack(group) for group in found], ranking)
