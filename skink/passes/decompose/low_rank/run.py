@@ -98,7 +98,8 @@ class Run:
         fitted = []
         if self._dense is not None and self._first:
             changed, factors = refit(self._dense, self._program, self._first, self._context)
-            fitted = [f"refit: {changed} of {factors} factors; for the others, the text tells nothing better."]
+            others = "; for the others, the text tells nothing better" if changed < factors else ""
+            fitted = [f"refit: {changed} of {factors} factors{others}."]
         few = notes_on_few_tokens(self._seen, "directions that they do not reach are kept by the weight's size.")
         return self._choice.result(self._rewriter, [*notes, *few, *fitted, *self._summary(counted)])
 
