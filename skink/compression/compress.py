@@ -13,6 +13,7 @@ from skink.graph.capture import capture
 from skink.graph.passes import Pass
 from skink.graph.pipeline import Pipeline, PipelineResult, check_training_text
 from skink.graph.program import Program, Stage
+from skink.graph.progress import silent
 from skink.graph.propagate import propagate
 from skink.graph.windows import Windows
 from skink.passes.canonicalize import Canonicalize
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 RecipeLike = str | Path | Sequence[Pass | str] | Recipe
-
-
-def silent(name: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
-
-
-def mute(said: str) -> None:
-    """A status that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ def compress_program(
     held_out: Windows | None = None,
     teacher: "PreTrainedModel | Program | None" = None,
     checkpoints: Path | None = None,
-    status: Callable[[str], None] = mute,
+    status: Callable[[str], None] = silent,
 ) -> Compression:
     """Capture a model and run a recipe on it. The model is left as it was.
 
@@ -162,7 +155,7 @@ def compress(
     held_out: Any = None,
     teacher: "PreTrainedModel | str | Path | None" = None,
     checkpoints: str | Path | None = None,
-    status: Callable[[str], None] = mute,
+    status: Callable[[str], None] = silent,
 ) -> Any:
     """A smaller model that runs, trains, saves and loads like any Hugging Face model.
 

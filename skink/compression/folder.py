@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from skink.compression.compress import Compression, Progress, RecipeLike, compress_program, mute, silent
+from skink.compression.compress import Compression, Progress, RecipeLike, compress_program
 from skink.compression.forms import Job, alternatives, compare, measure_decoder, measure_encoder, measure_layers
 from skink.compression.measure import RESULT, Measured, SpeedOptions, build_report, speed_notes
 from skink.compression.preparation import Prepared, check_texts, prepare
@@ -19,6 +19,7 @@ from skink.export.huggingface import save
 from skink.export.huggingface.card import CARD_FILE
 from skink.export.report import Report, card_section, read_report, write_report
 from skink.graph.pipeline import Pipeline
+from skink.graph.progress import silent
 from skink.passes.canonicalize import Canonicalize
 from skink.passes.recipe import Recipe, load_recipe
 from skink.settings import settings
@@ -77,7 +78,7 @@ def compress_to_folder(
     options: CompressOptions | None = None,
     *,
     progress: Progress = silent,
-    status: Callable[[str], None] = mute,
+    status: Callable[[str], None] = silent,
 ) -> Report:
     """Compress a checkpoint into a folder that transformers and `skink.load` read; returns the report it holds.
 
@@ -153,11 +154,11 @@ def _follow(name: str, recipe: Recipe, out: Path, options: CompressOptions) -> R
     """What a process does that is not the first: it trains whenever the first does, and writes nothing."""
     if any(entry.training_tokens(options.texts.length) for entry in recipe.everything):
         found = prepare(name, recipe, options, silent)
-        done = _run(found, recipe, options, silent, mute)
+        done = _run(found, recipe, options, silent, silent)
         held_out = found.texts.held_out
         judged = isinstance(held_out, HeldOutTexts) if found.encoder else held_out is not None
         if options.evaluate and judged:
-            for _ in alternatives(_job(found, done, out, options, silent, mute)):
+            for _ in alternatives(_job(found, done, out, options, silent, silent)):
                 pass
     wait_for_all(options.device)
     return read_report(out)

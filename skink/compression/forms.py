@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skink.compression.compress import Compression, Progress, compress_program, mute
+from skink.compression.compress import Compression, Progress, compress_program
 from skink.compression.layer_losses import layer_losses
 from skink.compression.measure import DENSE, RESULT, RUNTIME, SOURCE, Measured, score
 from skink.compression.quality import encoder_loss, encoder_quality
@@ -18,6 +18,7 @@ from skink.export.huggingface import load, to_huggingface
 from skink.export.huggingface.sentences import SentenceSettings
 from skink.graph.cost import program_cost
 from skink.graph.program import Program
+from skink.graph.progress import silent
 from skink.graph.windows import Windows
 from skink.passes.recipe import parse_passes
 from skink.settings import settings
@@ -42,7 +43,7 @@ class Job:
     training: Windows | None = None
     judged: Windows | None = None
     teacher: Program | None = None
-    status: Callable[[str], None] = mute
+    status: Callable[[str], None] = silent
 
 
 def _sizes(job: Job) -> dict[str, Measured]:

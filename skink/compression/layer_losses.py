@@ -12,13 +12,10 @@ from torch import Tensor, fx
 
 from skink.graph.passes import LayerRecord
 from skink.graph.program import Program
+from skink.graph.progress import silent
 from skink.passes.decompose.selection import LinearLayer, linear_layers
 
 Score = Callable[[Program], float]
-
-
-def _silent(done: int, total: int) -> None:
-    pass
 
 
 def layer_losses(
@@ -27,7 +24,7 @@ def layer_losses(
     records: Iterable[LayerRecord],
     score: Score,
     *,
-    progress: Callable[[int, int], None] = _silent,
+    progress: Callable[[int, int], None] = silent,
 ) -> dict[str, float]:
     """What each layer alone adds to the loss, by the layer's name, in the unit of `score`.
 

@@ -20,6 +20,7 @@ from skink.exploration.store import Store
 from skink.exploration.workbench import Workbench, point_key
 from skink.exploration.workers import Runner, runner
 from skink.export.huggingface import load
+from skink.graph.progress import silent
 from skink.graph.versions import versions
 
 Progress = Callable[[str, int, int], None]
@@ -30,10 +31,6 @@ _WAVE = 8
 _COUNTED = ("skink", "torch", "transformers", "python")
 
 
-def _silent(name: str, done: int, total: int) -> None:
-    pass
-
-
 def explore(
     model: Any,
     space: "str | Path | Mapping[str, Any] | Space",
@@ -41,7 +38,7 @@ def explore(
     options: ExploreOptions | None = None,
     *,
     tokenizer: Any = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Exploration:
     """Explore a design space on a model, and write `explore.json` and `explore.html`.
 

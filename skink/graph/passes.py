@@ -18,6 +18,7 @@ from skink.errors import CalibrationError, OptionError, suggest
 from skink.graph.analyses import Analyses, Analysis
 from skink.graph.pattern import NoMatch
 from skink.graph.program import Program, Stage
+from skink.graph.progress import silent
 from skink.graph.rewriter import Rewriter
 from skink.graph.windows import Windows
 
@@ -35,14 +36,6 @@ class Progress(Protocol):
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?[eE][+-]?\d+|inf|infinity|nan)", re.IGNORECASE)
 # Words that YAML does not read as text.
 _YAML_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "y", "n"})
-
-
-def _silent(done: int, total: int) -> None:
-    pass
-
-
-def _mute(said: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -64,14 +57,14 @@ class Context:
 
     calibration: Tensor | None = None
     seed: int = 0
-    progress: Progress = _silent
+    progress: Progress = silent
     analyses: Analyses = field(default_factory=Analyses)
     padding: Tensor | None = None
     training: Windows | None = None
     held_out: Windows | None = None
     original: Program | None = None
     checkpoints: Path | None = None
-    status: Callable[[str], None] = _mute
+    status: Callable[[str], None] = silent
 
     def calibration_for(self, asker: str) -> Tensor:
         """The windows to calibrate on.

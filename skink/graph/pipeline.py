@@ -12,6 +12,7 @@ from skink.graph.dump import program_text
 from skink.graph.failure import Failure
 from skink.graph.passes import Context, LayerRecord, Pass
 from skink.graph.program import Program, Stage
+from skink.graph.progress import silent
 from skink.graph.propagate import refresh
 from skink.graph.reproducer import Circumstances
 from skink.graph.run import PassRecord, Progress, Run
@@ -24,14 +25,6 @@ from skink.settings import settings
 _log = logging.getLogger("skink.limit")
 # Codes of errors that are a pass's fault; every other code is of something that the user can mend.
 _DEFECTS = ("VERIFY-", "REWRITE-", "DEFECT-")
-
-
-def _silent(name: str, done: int, total: int) -> None:
-    pass
-
-
-def _mute(said: str) -> None:
-    pass
 
 
 def check_training_text(passes: Iterable[Pass], *, given: bool) -> None:
@@ -115,13 +108,13 @@ class Pipeline:
         calibration: Tensor | None = None,
         seed: int = 0,
         verify: int | None = None,
-        progress: Progress = _silent,
+        progress: Progress = silent,
         padding: Tensor | None = None,
         training: Windows | None = None,
         held_out: Windows | None = None,
         original: Program | None = None,
         checkpoints: Path | None = None,
-        status: Callable[[str], None] = _mute,
+        status: Callable[[str], None] = silent,
     ) -> PipelineResult:
         """Run every pass on `program`, in place; a failure that is a pass's fault leaves a reproducer.
 
@@ -192,13 +185,13 @@ class Pipeline:
         limit: int | None = None,
         through: int = -1,
         dump: Path | None = None,
-        progress: Progress = _silent,
+        progress: Progress = silent,
         padding: Tensor | None = None,
         training: Windows | None = None,
         held_out: Windows | None = None,
         original: Program | None = None,
         checkpoints: Path | None = None,
-        status: Callable[[str], None] = _mute,
+        status: Callable[[str], None] = silent,
     ) -> Attempt:
         """As `run`, but a failure in a pass or its verification is returned and leaves nothing behind.
 

@@ -25,6 +25,7 @@ from skink.export.onnx.session import DATA_FILE, MODEL_FILE
 from skink.graph.capture import capture
 from skink.graph.passes import Progress
 from skink.graph.program import Program, Stage
+from skink.graph.progress import silent
 from skink.graph.state import derive_step
 from skink.kernels import find_op
 
@@ -83,10 +84,6 @@ class OnnxReport:
         }
 
 
-def _silent(done: int, total: int) -> None:
-    pass
-
-
 def export_onnx(
     program_or_model: Program | nn.Module,
     folder: str | Path,
@@ -96,7 +93,7 @@ def export_onnx(
     generation_config: Saveable | Mapping[str, Any] | None = None,
     check: bool = True,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> OnnxReport:
     """Write one ONNX graph for prefill and decode, with explicit state, and check it in a fresh process.
 
