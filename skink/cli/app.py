@@ -1,11 +1,7 @@
 """The commands in one place, and what happens when one fails."""
 
 import errno
-import math
-import signal
 import sys
-import time
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,7 +11,7 @@ from skink.cli.arguments import VariadicCommand
 from skink.cli.bench import bench
 from skink.cli.bisect import bisect
 from skink.cli.compress import compress
-from skink.cli.console import DEFECT, INTERRUPTED, TERMINATED, Session
+from skink.cli.console import DEFECT, INTERRUPTED, Session
 from skink.cli.evaluate import evaluate
 from skink.cli.explore import explore
 from skink.cli.export import export
@@ -24,10 +20,8 @@ from skink.cli.inspect import inspect
 from skink.cli.passes import passes
 from skink.cli.quiet import quiet_python
 from skink.cli.repro import repro
+from skink.cli.signals import hear_signals
 from skink.errors import OutputError, SkinkError
-
-# Seconds.
-_DEAF = 2.0
 
 # A command line that cannot be read: click's class, or in later versions typer's own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -123,31 +117,9 @@ for _name, _command in (
     app.command(_name, cls=VariadicCommand)(_command)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    # As an exception, so that folders that are being written are removed.
-    raise SystemExit(TERMINATED)
-
-
-class _Interrupt:
-    """Ctrl-C. Pressed again at once it is not heard, so that what the first one began, removing half-written folders,
-    comes to its end."""
-
-    def __init__(self) -> None:
-        self._last = -math.inf
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if now - self._last > _DEAF:
-            self._last = now
-            raise KeyboardInterrupt
-
-
 def main() -> NoReturn:
     """The console script."""
-    signal.signal(signal.SIGTERM, _terminate)
-    # Where Ctrl-C is ignored, as in a background job, it stays so.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _Interrupt())
+    hear_signals()
     try:
         app(prog_name="skink")
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from skink.cli.app import _Interrupt
 from skink.cli.console import DEFECT
 from tests.cli.conftest import ROOT, Run, environment
 
@@ -107,13 +106,6 @@ def test_an_interrupted_command_ends_with_130(run: Run, monkeypatch: pytest.Monk
     assert done.code == 130
     assert done.stderr.strip() == "Interrupted: nothing half-written was left behind."
     assert done.json["error"]["code"] == "INTERRUPT-001"
-
-
-def test_a_second_interrupt_at_once_is_not_heard() -> None:
-    interrupt = _Interrupt()
-    with pytest.raises(KeyboardInterrupt):
-        interrupt(2, None)
-    interrupt(2, None)
 
 
 def test_what_other_code_prints_does_not_reach_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
