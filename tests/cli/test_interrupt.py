@@ -37,6 +37,7 @@ def test_leaves_no_folder(tiny: Path, tmp_path: Path, number: signal.Signals, co
         assert process.wait(PATIENCE) == code
     finally:
         process.kill()
+        process.wait()
     assert list(outputs.iterdir()) == []
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
