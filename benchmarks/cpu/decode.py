@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from main_job import read_bandwidth
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from skink.compression.compress import captured
 from skink.evaluation import HuggingFaceTarget, machine, measure_generation
@@ -28,6 +28,7 @@ from skink.graph.pipeline import Pipeline
 from skink.graph.program import Program
 from skink.graph.rewriter import Rewriter
 from skink.passes.canonicalize import Canonicalize
+from skink.passes.decompose.factorize.factorize import uniform_rank
 from skink.passes.decompose.factorize.pivoted import Pivoted
 from skink.passes.decompose.replacement import replace_by_factors, replace_by_pivots
 from skink.passes.decompose.selection import choose_layers
@@ -53,11 +54,6 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype).normal_(std=0.02)
 
 
-def thin_rank(out: int, in_: int, keep: float) -> int:
-    """Rank at which two factors have that share of the numbers."""
-    return max(1, int(keep * out * in_ / (out + in_)))
-
-
 def pivoted_rank(out: int, in_: int, keep: float) -> int:
     """Rank R at which R (out + in - R) is that share of the numbers."""
     both = out + in_
@@ -70,7 +66,7 @@ def with_pairs(model: LlamaForCausalLM, keep: float) -> LlamaForCausalLM:
     for name, layer in list(pairs.model.layers.named_modules()):
         if isinstance(layer, nn.Linear):
             out, in_ = layer.weight.shape
-            rank = thin_rank(out, in_, keep)
+            rank = uniform_rank(keep, out, in_)
             two = [nn.Linear(*sizes, bias=False, device="meta") for sizes in ((in_, rank), (rank, out))]
             for one in two:
                 one.weight = nn.Parameter(random(*one.weight.shape, dtype=layer.weight.dtype))
@@ -92,7 +88,7 @@ def factored(dense: Program, keep: float, *, pivots: bool) -> Program:
             form = Pivoted(normal(rank, in_), normal(out - rank, rank), *(part.sort().values for part in chosen))
             replace_by_pivots(program, rewriter, (layer,), form)
         else:
-            rank = thin_rank(out, in_, keep)
+            rank = uniform_rank(keep, out, in_)
             replace_by_factors(program, rewriter, layer, normal(out, rank), normal(rank, in_))
     return program
 
@@ -108,10 +104,7 @@ def read_bytes(model: nn.Module) -> int:
 def measure(config: LlamaConfig, dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each form."""
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(default)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     dense = captured(model)
     Pipeline((Canonicalize(),)).run(dense, verify=0)
     programs = {

@@ -130,7 +130,8 @@ def measure_layers(job: Job, held_out: Windows | HeldOutTexts | None) -> dict[st
     """What each factored layer alone adds to the loss on held-out text, where that is wanted."""
     if not job.options.evaluate or not job.options.measure_layers or held_out is None:
         return {}
-    source = _in_our_form(job, job.done.dense)
+    # To compare with; a decoder is measured by itself.
+    source = _in_our_form(job, job.done.dense) if isinstance(held_out, HeldOutTexts) else None
 
     def loss(program: Program) -> float:
         model = _in_our_form(job, program)

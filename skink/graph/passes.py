@@ -91,7 +91,7 @@ class LayerRecord:
 
     Errors are relative: predicted_error of the layer's output on calibration data, weight_error of the weight
     (Frobenius), baseline_error of the output with the simplest method at the same rank. predicted_loss is what the edit
-    should add to the loss of the whole model, in nats per token.
+    should add to the loss of the whole model, in the unit of `skink.graph.objective.loss_unit`.
     """
 
     name: str
